@@ -1,0 +1,173 @@
+"""Array namespaces: one way to write array code for numpy, array-api-strict, torch and mlx.
+
+``array_namespace(x)`` returns a namespace with the array-API functions plus the few extras listed
+in :class:`Namespace`. numpy and array-api-strict are used as they are, torch through
+array-api-compat, and mlx through a thin shim over ``mlx.core`` (its gaps are listed in the class).
+Nothing here imports a framework: the namespace is found from the array.
+
+Rules for array code in core:
+
+- write on ``(..., V)``, look ``xp`` up once and pass it on;
+- no boolean-mask indexing and no ``nonzero``: shapes must not depend on data;
+- integer arrays from ``argmax`` and ``argsort`` are signed here on every library;
+- read back to the host once per step, with :func:`to_numpy`.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import numpy.typing as npt
+
+Array = Any
+
+
+class _MLXNamespace:
+    """``mlx.core`` with the array-API spellings that steersman's array code uses.
+
+    Index results are cast to int32 (mlx gives uint32, where ``argmax - 5`` wraps around); sorts
+    take ``descending``; ``astype`` takes ``copy``. Boolean-mask reading, ``nonzero`` and
+    ``unique_*`` stay absent: their shapes depend on data.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self._mx: Any = module
+        self.bool = module.bool_
+        self.__name__ = "steersman.mlx"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mx, name)
+
+    def argmax(self, x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+        return self._mx.argmax(x, axis=axis, keepdims=keepdims).astype(self._mx.int32)
+
+    def argmin(self, x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+        return self._mx.argmin(x, axis=axis, keepdims=keepdims).astype(self._mx.int32)
+
+    def argsort(
+        self, x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True
+    ) -> Array:
+        # mlx sorts stably, so negating keeps the order of ties.
+        key = -x if descending else x
+        return self._mx.argsort(key, axis=axis).astype(self._mx.int32)
+
+    def sort(
+        self, x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True
+    ) -> Array:
+        return -self._mx.sort(-x, axis=axis) if descending else self._mx.sort(x, axis=axis)
+
+    def searchsorted(self, x1: Array, x2: Array, /, *, side: str = "left") -> Array:
+        # Counting is exact for any batch shape and needs no per-row loop.
+        compare = x1[..., None, :] < x2[..., :, None]
+        if side == "right":
+            compare = x1[..., None, :] <= x2[..., :, None]
+        return self._mx.sum(compare.astype(self._mx.int32), axis=-1)
+
+    def astype(self, x: Array, dtype: Any, /, *, copy: bool = True) -> Array:
+        return x.astype(dtype)
+
+    def asarray(
+        self, obj: Any, /, *, dtype: Any = None, device: Any = None, copy: bool | None = None
+    ) -> Array:
+        array = self._mx.array(obj) if not isinstance(obj, self._mx.array) else obj
+        return array if dtype is None else array.astype(dtype)
+
+    def zeros(self, shape: Any, *, dtype: Any = None, device: Any = None) -> Array:
+        return self._mx.zeros(shape, dtype=dtype or self._mx.float32)
+
+    def ones(self, shape: Any, *, dtype: Any = None, device: Any = None) -> Array:
+        return self._mx.ones(shape, dtype=dtype or self._mx.float32)
+
+    def full(self, shape: Any, value: Any, *, dtype: Any = None, device: Any = None) -> Array:
+        return self._mx.full(shape, value, dtype=dtype)
+
+    def arange(
+        self,
+        start: Any,
+        /,
+        stop: Any = None,
+        step: Any = 1,
+        *,
+        dtype: Any = None,
+        device: Any = None,
+    ) -> Array:
+        if stop is None:
+            start, stop = 0, start
+        return self._mx.arange(start, stop, step, dtype=dtype)
+
+    def permute_dims(self, x: Array, /, axes: tuple[int, ...]) -> Array:
+        return self._mx.transpose(x, axes)
+
+    def cumulative_sum(self, x: Array, /, *, axis: int | None = None, dtype: Any = None) -> Array:
+        x = x if dtype is None else x.astype(dtype)
+        return self._mx.cumsum(x, axis=-1 if axis is None else axis)
+
+    def isdtype(self, dtype: Any, kind: Any) -> bool:
+        kinds = {
+            "bool": self._mx.bool_,
+            "real floating": self._mx.floating,
+            "integral": self._mx.integer,
+            "signed integer": self._mx.signedinteger,
+        }
+        return bool(self._mx.issubdtype(dtype, kinds.get(kind, kind)))
+
+
+@lru_cache(maxsize=1)
+def _mlx_namespace() -> _MLXNamespace:
+    return _MLXNamespace(sys.modules["mlx.core"])
+
+
+def is_mlx(x: Any) -> bool:
+    """Whether ``x`` is an mlx array (without importing mlx)."""
+    return type(x).__module__.split(".")[0] == "mlx"
+
+
+def array_namespace(*arrays: Array) -> Any:
+    """Return the array namespace of ``arrays`` (about 1 µs; look it up once per step).
+
+    Raises
+    ------
+    TypeError
+        The arrays belong to different libraries or to none that is known.
+    """
+    first = arrays[0]
+    if type(first) is np.ndarray:
+        return np
+    if is_mlx(first):
+        return _mlx_namespace()
+    return array_api_compat.array_namespace(*arrays)
+
+
+def to_numpy(x: Array) -> npt.NDArray[Any]:
+    """Return ``x`` as a NumPy array on the host; the one deliberate device-to-host copy."""
+    if isinstance(x, np.ndarray):
+        return x
+    if is_mlx(x):
+        mx = sys.modules["mlx.core"]
+        if x.dtype in (mx.bfloat16,):
+            x = x.astype(mx.float32)
+        return np.array(x)
+    if hasattr(x, "detach"):
+        x = x.detach()
+        if str(x.dtype) == "torch.bfloat16":
+            x = x.float()
+        return np.asarray(x.cpu())
+    return np.asarray(x)
+
+
+def device_of(x: Array) -> Any:
+    """Return the device to create new arrays on beside ``x``; None where there is no choice."""
+    return None if is_mlx(x) else array_api_compat.device(x)
+
+
+def asarray_like(values: Any, like: Array, *, dtype: Any = None) -> Array:
+    """Return host ``values`` as an array of the library and on the device of ``like``."""
+    xp = array_namespace(like)
+    if is_mlx(like):
+        return xp.asarray(values, dtype=dtype)
+    return xp.asarray(values, dtype=dtype, device=device_of(like))

@@ -1,0 +1,119 @@
+"""The values that travel between a strategy, the loop and whoever listens.
+
+A strategy never runs a model. It *asks* (:class:`Step.ask`) and is told the answer; it never prints
+either, it *edits* the visible text (:class:`Edit`). The loop does both, so going back, drafting
+ahead and forking are ordinary values instead of special engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from ..model import Capability, Forward, IntArray, Model, Output
+from .rng import Rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One chosen token and what was known about it.
+
+    Attributes
+    ----------
+    id : int
+    raw_logprob : float or None
+        Natural-log probability under the model's own, untouched distribution.
+    logprob : float or None
+        Natural-log probability under the distribution it was drawn from (after the chain).
+    top : tuple of (id, raw logprob)
+        The model's most likely tokens here, best first; empty unless asked for.
+    """
+
+    id: int
+    raw_logprob: float | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Keep the first ``keep`` generated tokens, then append ``tokens``.
+
+    A ``keep`` smaller than what stands withdraws text that was already shown.
+    """
+
+    keep: int
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a strategy wants next.
+
+    Attributes
+    ----------
+    ask : mapping of role to Forward
+        Calls to make before the next step; empty when finished.
+    edit : Edit or None
+        Change to the visible text, applied now.
+    finish : str or None
+        "eos" or "length" when the strategy is done; then ``ask`` is ignored.
+    note : mapping
+        Small JSON-able facts for the decision trace (drafted, accepted, rewound ...).
+    """
+
+    ask: Mapping[str, Forward] = field(default_factory=dict)
+    edit: Edit | None = None
+    finish: str | None = None
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a strategy is told about the text it continues.
+
+    Attributes
+    ----------
+    prompt : int64 (T,)
+    models : mapping of role to Model
+        For pure functions (``head``, ``embed``, ``norm``, tokenizer); calls go through ``ask``.
+    eos_ids : frozenset of int
+        Ids that end the text; they are never part of an edit.
+    max_tokens : int
+        Most tokens that may be generated.
+    logprobs : int or None
+        None: no log-probabilities wanted; n: raw and final ones, and the n most likely tokens.
+    row : int
+        First key of the random numbers, so that texts of one batch differ.
+    """
+
+    prompt: IntArray
+    models: Mapping[str, Model]
+    eos_ids: frozenset[int]
+    max_tokens: int
+    logprobs: int | None = None
+    row: int = 0
+
+
+S = TypeVar("S")
+
+
+class Strategy(Protocol[S]):
+    """A way to decode. Its fields are hyperparameters; its state is an immutable value.
+
+    ``requires`` maps roles ("target", "draft", ...) to capabilities; ``max_rows`` is the most rows
+    each session must hold.
+    """
+
+    @property
+    def requires(self) -> Mapping[str, Capability]: ...
+
+    @property
+    def max_rows(self) -> int: ...
+
+    def init(self, request: Request, rng: Rng) -> tuple[S, Step]:
+        """Return the first state and the first step."""
+
+    def step(self, state: S, out: Mapping[str, Output], rng: Rng) -> tuple[S, Step]:
+        """Return the next state and step, given the answers to the last ``ask``."""

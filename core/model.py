@@ -338,7 +338,7 @@ class Model(ABC):
     def head(self, hidden: Array) -> Array:
         """Apply the final norm and the output projection: (..., D) to float32 logits (..., V)."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - optional for adapters
         """Free the engine's memory; using the model afterwards is an error."""
 
     def __enter__(self) -> Self:

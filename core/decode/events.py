@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """Progress of the prompt: ``done`` of ``total`` tokens are in the cache (``cached`` from before)."""
+    """Progress of the prompt: ``done`` of ``total`` tokens are cached, ``cached`` of them before."""
 
     done: int
     total: int
@@ -68,7 +68,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class Withdrawn:
-    """Tokens from index ``keep`` on are taken back; ``text`` is the shown text that goes with them."""
+    """Tokens from index ``keep`` on are taken back; ``text`` is the shown text that goes."""
 
     keep: int
     tokens: int

@@ -480,6 +480,9 @@ class Session(ABC):
             raise UsageError(
                 f"forward: keep {base.tolist()} outside 0..{self._tree_base[rows].tolist()}"
             )
+        # Emptying a row is always possible; keeping a part of it is not (recurrent models).
+        if ((base > 0) & (base < self._tree_base[rows])).any():
+            self.model.require(Capability.ROLLBACK, who="forward")
         path, path_length = self._check_path(ask, rows, base)
         start = base + path_length
         tokens, counts, width = self._check_tokens(ask, batch)

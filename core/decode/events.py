@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """Progress of the prompt: ``done`` of ``total`` tokens are cached, ``cached`` of them before."""
+    """Prompt progress: ``done`` of ``total`` tokens are cached, ``cached`` of them from before."""
 
     done: int
     total: int
@@ -104,10 +104,13 @@ class Finished:
     """The last event.
 
     ``reason`` is "eos", "stop" (a stop string; it is cut from the text), "length" or "cancelled".
+    ``tail`` is the end of ``text`` that no earlier event carried: it was held back because a
+    character or a stop string might still have been completed.
     """
 
     reason: str
     text: str
+    tail: str
     token_ids: tuple[int, ...]
     timings: Timings
     stop: str | None = None

@@ -82,6 +82,8 @@ class Request:
         Ids that end the text; they are never part of an edit.
     max_tokens : int
         Most tokens that may be generated.
+    context : int
+        Positions that a row can hold, prompt included; no call may go beyond.
     logprobs : int or None
         None: no log-probabilities wanted; n: raw and final ones, and the n most likely tokens.
     row : int
@@ -92,6 +94,7 @@ class Request:
     models: Mapping[str, Model]
     eos_ids: frozenset[int]
     max_tokens: int
+    context: int
     logprobs: int | None = None
     row: int = 0
 

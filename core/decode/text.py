@@ -48,9 +48,14 @@ class TextAssembler:
             return ""
         searched_from = max(0, len(self._text) - self._longest + 1)
         self._text += fresh
-        found = [(at, s) for s in self._stop if (at := self._text.find(s, searched_from)) >= 0]
+        # The string that is complete first wins, however the tokens cut the text.
+        found = [
+            (at + len(s), at, s)
+            for s in self._stop
+            if (at := self._text.find(s, searched_from)) >= 0
+        ]
         if found:
-            at, self.stopped_by = min(found)
+            _, at, self.stopped_by = min(found)
             self._text = self._text[:at]
             safe = at
         else:

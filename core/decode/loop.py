@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from ..array import array_namespace
 from ..errors import BackendError
 from ..model import Forward, Output, Session
 from .events import (
@@ -133,14 +135,15 @@ class _Run:
                 self._cached = cached
         report = first and role == "target"
         total = len(self._request.prompt)
-        for chunk in _chunks(session, ask):
+        outputs: list[Output] = []
+        for chunk in prompt_chunks(session, ask):
             if self._cancelled():
                 return None
-            output = session.forward(chunk)
+            outputs.append(session.forward(chunk))
             if report:
                 done = min(total, int(session.lengths.max()))
                 yield Prefilled(done=done, total=total, cached=self._cached)
-        return output
+        return _join(outputs, ask)
 
     def answered(self) -> None:
         """Note when the prompt was done."""
@@ -201,8 +204,11 @@ class _Run:
         )
 
 
-def _chunks(session: Session, ask: Forward) -> Iterator[Forward]:
-    """Cut a long one-row prompt into calls; anything else is one call."""
+def prompt_chunks(session: Session, ask: Forward) -> Iterator[Forward]:
+    """Cut a long one-row prompt into calls; anything else is one call.
+
+    Attention weights of a prompt cannot be cut: later positions look at all earlier ones.
+    """
     size = session.model.prefill_chunk
     tokens = None if ask.tokens is None else np.asarray(ask.tokens, np.int64)
     plain = (
@@ -210,8 +216,6 @@ def _chunks(session: Session, ask: Forward) -> Iterator[Forward]:
         and len(tokens) == 1
         and ask.parents is None
         and ask.causal
-        and ask.logits != "all"
-        and not ask.hidden
         and not ask.attentions
     )
     if not plain or tokens is None or tokens.shape[1] <= size:
@@ -220,13 +224,29 @@ def _chunks(session: Session, ask: Forward) -> Iterator[Forward]:
     keep = int(np.asarray(ask.keep).reshape(-1)[0])
     path_length = 0 if ask.path is None else int((np.asarray(ask.path) >= 0).sum())
     for begin in range(0, tokens.shape[1], size):
-        last = begin + size >= tokens.shape[1]
-        piece = tokens[:, begin : begin + size]
+        ends = begin + size >= tokens.shape[1]
+        piece = Forward(
+            keep=keep,
+            tokens=tokens[:, begin : begin + size],
+            logits="none" if ask.logits == "last" and not ends else ask.logits,
+            hidden=ask.hidden,
+        )
         if begin == 0:
-            yield Forward(keep=keep, tokens=piece, rows=ask.rows, path=ask.path, logits="none")
+            yield replace(piece, rows=ask.rows, path=ask.path)
         else:
-            yield Forward(
-                keep=keep + path_length + begin,
-                tokens=piece,
-                logits=ask.logits if last else "none",
-            )
+            yield replace(piece, keep=keep + path_length + begin)
+
+
+def _join(outputs: Sequence[Output], ask: Forward) -> Output:
+    """Return the answers to the chunks of one call as the answer to that call."""
+    if len(outputs) == 1:
+        return outputs[0]
+    logits = outputs[-1].logits
+    if ask.logits == "all":
+        logits = _concat([out.logits for out in outputs])
+    hidden = {layer: _concat([out.hidden[layer] for out in outputs]) for layer in ask.hidden}
+    return Output(logits=logits, hidden=hidden)
+
+
+def _concat(parts: Sequence[Any]) -> Any:
+    return array_namespace(*parts).concat(parts, axis=1)

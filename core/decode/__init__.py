@@ -1,0 +1,41 @@
+"""Decoding strategies on one loop (:mod:`.loop`); :data:`STRATEGIES` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..errors import UsageError, did_you_mean
+from .beam import BeamSearch
+from .best_of_n import BestOfN
+from .contrastive import ContrastiveSearch
+from .dola import DoLa
+from .sample import Sample
+
+STRATEGIES: Mapping[str, type[Any]] = {
+    "sample": Sample,
+    "beam": BeamSearch,
+    "contrastive": ContrastiveSearch,
+    "dola": DoLa,
+    "best_of_n": BestOfN,
+}
+
+ENTRY_POINTS = "steersman.strategies"
+
+
+def strategy_class(name: str) -> type[Any]:
+    """Return the strategy called ``name``: a built-in one, or an installed package's.
+
+    Raises
+    ------
+    UsageError
+        No strategy has this name.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            loaded: type[Any] = point.load()
+            return loaded
+    raise UsageError(f"strategy {name!r}: unknown{did_you_mean(name, STRATEGIES)}")

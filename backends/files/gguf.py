@@ -169,7 +169,7 @@ class GGUFHeader:
     @property
     def architecture(self) -> str:
         """Value of ``general.architecture``, or an empty string."""
-        return self.get("general.architecture", str, "")
+        return str(self.get("general.architecture", str, ""))
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """Return a metadata value of the given kind, or ``default`` when the key is absent.

@@ -1,42 +1,35 @@
-"""Folders that steersman reads and writes.
-
-The platform's own places (through platformdirs), or one folder for all of them when
-``$STEERSMAN_HOME`` is set. Nothing is created here: whoever writes makes the folder.
-"""
+"""Where steersman keeps its files. ``STEERSMAN_HOME`` puts all of them under one folder."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-HOME_VARIABLE = "STEERSMAN_HOME"
+import platformdirs
+
+_APP = "steersman"
 
 
-def _folder(kind: str) -> Path:
-    home = os.environ.get(HOME_VARIABLE)
-    if home:
-        return Path(home).expanduser() / kind
-    import platformdirs
-
-    found = getattr(platformdirs, f"user_{kind}_path")("steersman", appauthor=False)
-    return Path(found)
+def _folder(kind: str, default: str) -> Path:
+    home = os.environ.get("STEERSMAN_HOME")
+    return Path(home).expanduser() / kind if home else Path(default)
 
 
 def config_dir() -> Path:
-    """Return the folder of ``config.yaml`` and of the user's profiles."""
-    return _folder("config")
+    """Profiles and settings of the user; not created here."""
+    return _folder("config", platformdirs.user_config_dir(_APP, appauthor=False))
 
 
 def data_dir() -> Path:
-    """Return the folder of conversations and of models put there by hand."""
-    return _folder("data")
+    """Conversations and other data worth keeping; not created here."""
+    return _folder("data", platformdirs.user_data_dir(_APP, appauthor=False))
 
 
 def cache_dir() -> Path:
-    """Return the folder of what can be made again: converted models, results of checks."""
-    return _folder("cache")
+    """Converted models, assembled files, hashes: all of it can be made again; not created here."""
+    return _folder("cache", platformdirs.user_cache_dir(_APP, appauthor=False))
 
 
 def state_dir() -> Path:
-    """Return the folder of history and logs."""
-    return _folder("state")
+    """Logs and the state of interrupted runs; not created here."""
+    return _folder("state", platformdirs.user_state_dir(_APP, appauthor=False))

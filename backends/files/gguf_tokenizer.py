@@ -38,63 +38,23 @@ _CUTS: dict[str, tuple[str, ...]] = {
 # ``tokenizer.ggml.pre`` -> a key of _CUTS.
 _PRE = {
     "default": "default",
-    **dict.fromkeys(
-        [
-            "gpt-2",
-            "gpt2",
-            "phi-2",
-            "jina-es",
-            "jina-de",
-            "jina-v1-en",
-            "jina-v2-es",
-            "jina-v2-de",
-            "roberta-bpe",
-            "mpt",
-            "olmo",
-            "jais",
-            "trillion",
-            "granite-docling",
-            "exaone4",
-            "a.x-4.0",
-            "mellum",
-            "modern-bert",
-        ],
-        "gpt2",
-    ),
-    **dict.fromkeys(
-        ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
-        "digits",
-    ),
-    **dict.fromkeys(["llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe", "dbrx"], "llama3"),
-    **dict.fromkeys(["qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"], "qwen2"),
     "falcon": "falcon",
     "deepseek-coder": "deepseek-coder",
+    **dict.fromkeys(["gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"], "gpt2"),
+    **dict.fromkeys(["jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de"], "gpt2"),
+    **dict.fromkeys(["roberta-bpe", "granite-docling", "exaone4", "mellum", "modern-bert"], "gpt2"),
+    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell"], "digits"),
+    **dict.fromkeys(["exaone", "minerva-7b"], "digits"),
+    **dict.fromkeys(["llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe", "dbrx"], "llama3"),
+    **dict.fromkeys(["qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"], "qwen2"),
 }
 _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3"}
 
 # Names that end a generation whatever the metadata say; the same ones llama.cpp looks for.
 _END_NAMES = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<|end▁of▁sentence|>",
-    ]
+    ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"]
+    + ["<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"]
+    + ["<|end_of_text|>", "<end_of_utterance>", "<eos>", "<|end▁of▁sentence|>"]
 )
 # Fill-in-the-middle markers end a generation too; the first one found of each kind counts.
 _FILL_NAMES = (

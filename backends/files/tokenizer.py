@@ -217,7 +217,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 def _state(part: Any) -> bytes:
     state = part.__getstate__()
-    return state if isinstance(state, bytes) else str(state).encode()
+    return bytes(state) if isinstance(state, bytes) else str(state).encode()
 
 
 def open_tokenizer(source: Path | GGUFHeader) -> HFTokenizer:

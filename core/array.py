@@ -122,9 +122,41 @@ def _mlx_namespace() -> _MLXNamespace:
     return _MLXNamespace(sys.modules["mlx.core"])
 
 
+def library_of(x: Any) -> str:
+    """Return the top-level module that ``x``'s type comes from: "numpy", "torch", "mlx" ..."""
+    return type(x).__module__.partition(".")[0]
+
+
 def is_mlx(x: Any) -> bool:
     """Whether ``x`` is an mlx array (without importing mlx)."""
-    return type(x).__module__.split(".")[0] == "mlx"
+    return library_of(x) == "mlx"
+
+
+def is_on_host(x: Array) -> bool:
+    """Whether reading ``x`` as a NumPy array costs at most a copy within one memory.
+
+    True for numpy and array-api-strict, for torch tensors on the CPU, and for mlx, whose arrays
+    live in memory that the host shares.
+    """
+    if isinstance(x, np.ndarray) or is_mlx(x):
+        return True
+    return getattr(device_of(x), "type", "cpu") == "cpu"
+
+
+def wide_dtype(x: Array) -> Any:
+    """Return the float type to accumulate in beside ``x``: float64 where its device has one.
+
+    mlx (no float64 on its GPU) and torch on Apple GPUs accumulate in float32.
+    """
+    xp = array_namespace(x)
+    if is_mlx(x) or getattr(device_of(x), "type", "") == "mps":
+        return xp.float32
+    return xp.float64
+
+
+def library_module(x: Array) -> Any:
+    """Return the already imported top-level module of ``x``'s library (never imports one)."""
+    return sys.modules["mlx.core" if is_mlx(x) else library_of(x)]
 
 
 def array_namespace(*arrays: Array) -> Any:

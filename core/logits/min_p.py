@@ -1,0 +1,51 @@
+"""Min-p truncation: keep tokens at least ``p`` times as likely as the best one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..array import Array, array_namespace
+from .stage import Context, Stage, check_number
+
+
+def apply_min_p(logits: Array, p: float) -> Array:
+    """Set to -inf every logit below ``max(logits) + log(p)``.
+
+    Softmax shifts all logits alike, so ``prob >= p * max(prob)`` needs no sum.
+
+    Parameters
+    ----------
+    logits : float array (..., V)
+    p : float in [0, 1]
+        0 keeps everything; 1 keeps only the most likely token and its equals.
+
+    References
+    ----------
+    Nguyen et al., "Turning Up the Heat: Min-p Sampling", arXiv:2407.01082.
+    """
+    if p <= 0:
+        return logits
+    xp = array_namespace(logits)
+    floor = xp.max(logits, axis=-1, keepdims=True) + math.log(p)
+    return xp.where(logits >= floor, logits, -xp.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinP(Stage):
+    """Keep tokens at least ``p`` times as likely as the best one; 0 is off."""
+
+    name: ClassVar[str] = "min_p"
+    truncates: ClassVar[bool] = True
+    p: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_number(self.name, "p", self.p, 0, 1)
+
+    @property
+    def off(self) -> bool:
+        return self.p == 0
+
+    def __call__(self, logits: Array, context: Context) -> Array:
+        return apply_min_p(logits, self.p)

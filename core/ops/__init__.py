@@ -1,0 +1,31 @@
+"""Array functions on ``(..., V)``: the formulas that strategies, stages and scorers share.
+
+Each is written once in array-API code. Where a library has something faster, the function carries a
+twin for it and ``f.portable`` stays the plain form (see :mod:`.native`).
+"""
+
+from .categorical import categorical
+from .cumulative import cumulative_sum, sum_before
+from .information import entropy, js_divergence, kl_divergence
+from .native import Native, native
+from .softmax import log_softmax, logsumexp, softmax
+from .sorting import smallest_set, top_k
+from .tokens import target_logprobs, token_logprobs
+
+__all__ = [
+    "Native",
+    "categorical",
+    "cumulative_sum",
+    "entropy",
+    "js_divergence",
+    "kl_divergence",
+    "log_softmax",
+    "logsumexp",
+    "native",
+    "smallest_set",
+    "softmax",
+    "sum_before",
+    "target_logprobs",
+    "token_logprobs",
+    "top_k",
+]

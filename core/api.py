@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from .array import to_numpy
 from .backend import installed_backends, known_backends, load_with
 from .decode.events import Event, Finished, Started, Timings, TokenEvent, Withdrawn
 from .decode.rng import Rng
@@ -21,7 +22,7 @@ from .decode.sessions import Sessions
 from .errors import ContextOverflow, MissingDependency, UsageError
 from .locate import ModelSource, locate
 from .model import Capability, Forward, IntArray, Model, Tokenizer
-from .ops import token_logprobs
+from .ops import target_logprobs
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -420,7 +421,8 @@ def score(
                 )
                 keep += len(piece)
                 if wanted and out.logits is not None:
-                    chunk = token_logprobs(out.logits[0], tokens[at + 1 : stop_at + 1])
+                    answers = target_logprobs(out.logits[0], tokens[at + 1 : stop_at + 1])
+                    chunk = to_numpy(answers)
                     first = max(done, at + 1)
                     values[first : stop_at + 1] = chunk[first - at - 1 :]
                 if progress is not None:

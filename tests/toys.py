@@ -84,7 +84,7 @@ class TableModel(Model):
         self.capabilities = TABLE & ~without
         self.calls: Counter[str] = Counter()
         self.info = toy_info(
-            "toy-table", "table", self.tokenizer, context, layers=0, width=1, heads=0
+            "toy-table", "float64", self.tokenizer, context, layers=0, width=1, heads=0
         )
         vocab = self.tokenizer.vocab_size
         shape = (vocab + 1,) * order + (vocab,)

@@ -121,7 +121,7 @@ class BestOfN:
             request=request,
             candidates=tuple(candidates),
             live=goes_on,
-            chain=self.chain.fork(selection.state, np.asarray(rows, np.int64)),
+            chain=self.chain.rows(selection.state, np.asarray(rows, np.int64)),
         )
         if not goes_on:
             return state, self._show_best(state)

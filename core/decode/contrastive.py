@@ -83,6 +83,7 @@ class ContrastiveSearch:
         answer = out["target"]
         fresh = _unit(model.norm(answer.hidden[model.info.layers]))
         logits = answer.logits
+        assert logits is not None
         if state.context is None:
             return self._try(replace(state, context=fresh[0, ...]), logits, 0, rng, None)
         xp = array_namespace(fresh)

@@ -110,15 +110,16 @@ class DoLa:
     def step(self, state: _State, out: Mapping[str, Output], rng: Rng) -> tuple[_State, Step]:
         if state.fed:
             return replace(state, fed=False), Step(ask={"target": self._next(state)})
-        model = state.progress.request.models["target"]
+        model, logits = state.progress.request.models["target"], out["target"].logits
+        assert logits is not None
         early = [
             model.head(out["target"].hidden[layer][:, -1, :])[0, ...] for layer in state.candidates
         ]
         xp = array_namespace(*early)
-        scores = contrast_layers(out["target"].logits[0, ...], xp.stack(early), self.relative_top)
+        scores = contrast_layers(logits[0, ...], xp.stack(early), self.relative_top)
         token, progress = draw(state.progress, self.chain, scores[None, ...], rng)
         if progress.request.logprobs is not None:
-            raw = log_softmax(out["target"].logits)[0, token.id]
+            raw = log_softmax(logits)[0, token.id]
             token = replace(token, raw_logprob=float(to_numpy(raw)))
         state = replace(state, progress=progress)
         return state, appended(progress, token, {"target": self._next(state)})

@@ -1,0 +1,68 @@
+"""PyTorch backend: every capability on CPU and CUDA, for Hugging Face folders and GGUF files.
+
+Two ways to compute stand behind the same session. ``native`` is a hand-written step for the Llama
+family (fused projections, own key/value buffers, no modules); ``hf`` runs the transformers model of
+any other architecture with our cache, masks and hooks, and serves as the oracle of the first.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steersman.core.locate import ModelSource
+
+    from .model import TorchModel
+
+
+def open_model(
+    source: ModelSource,
+    *,
+    context: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    path: str = "auto",
+) -> TorchModel:
+    """Open a Hugging Face folder, or a GGUF file by way of its converted folder.
+
+    Parameters
+    ----------
+    source : ModelSource
+    context : int, optional
+        Most positions per row, up to the trained context, which is the default.
+    dtype : {"auto", "float32", "bfloat16", "float16", "q4"}
+        "auto" is float32 on CPU and bfloat16 on CUDA. "float16" on CPU keeps weights in half
+        precision and computes in float32 (x86 only). "q4" (CPU) keeps a GGUF's own Q4_0 and Q4_1
+        blocks as they are.
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+    threads : int, optional
+        CPU threads of the whole process (``torch.set_num_threads`` is global); default
+        ``$STEERSMAN_THREADS``, else what torch chose.
+    path : {"auto", "native", "hf"}
+        Which implementation computes; "auto" takes the native one where it knows the architecture.
+
+    Raises
+    ------
+    UsageError
+        An option is unknown, or cannot be used with this model.
+    MissingDependency
+        The device is not there.
+    MissingFile, InvalidInput
+        The folder or file is not what it should be.
+    """
+    from .load import open_model as load
+
+    return load(source, context=context, dtype=dtype, device=device, threads=threads, path=path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages this backend computes with, without importing them."""
+    out = {}
+    for name in ("torch", "transformers", "tokenizers", "safetensors"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out

@@ -1,0 +1,222 @@
+"""A hand-written step for the Llama family: Llama, Mistral, Qwen2 and Qwen3 without windows.
+
+Fused qkv and gate+up projections, precomputed rotations, no module calls: about half the Python
+time per token of the general path, and the same numbers in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steersman.core.model import ModelInfo, Tokenizer
+
+from .cache import KVCache, Layout
+from .config import LlamaConfig
+from .linear import Linear
+from .model import Captured, TorchModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One decoder block.
+
+    Attributes
+    ----------
+    qkv : (T, D) to (T, (H + 2 KV) * head_size), rows in that order
+    gate_up : (T, D) to (T, 2 * inner)
+    q_norm, k_norm : (head_size,) or None
+        Per-head norms of Qwen3.
+    """
+
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Rotary:
+    """Cosines and signed sines of all positions, made once and lengthened when needed."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._frequencies = config.frequencies()
+        self._limit = config.context
+        self._device, self._dtype = device, dtype
+        self._table = self._build(min(1024, self._limit))
+
+    def _build(self, length: int) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * self._frequencies
+        cosine, sine = angles.cos(), angles.sin()
+        # x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin: the sign goes into the table.
+        tables = (torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
+        first, second = (t.to(self._device, self._dtype)[:, None] for t in tables)
+        return first, second
+
+    def at(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return (T, 1, head_size) cosines and signed sines."""
+        if layout.stop > len(self._table[0]):
+            # Two threads may both build it; either table is right.
+            self._table = self._build(min(max(layout.stop, 2 * len(self._table[0])), self._limit))
+        cosine, sine = self._table
+        if layout.batch == 1 and layout.chain and layout.begin is not None:
+            return (
+                cosine.narrow(0, layout.begin, layout.width),
+                sine.narrow(0, layout.begin, layout.width),
+            )
+        return cosine[layout.positions], sine[layout.positions]
+
+
+class NativeModel(TorchModel):
+    """The hand-written step.
+
+    Parameters
+    ----------
+    embedding : (V, D)
+    layers : list of Layer
+    norm : (D,)
+    project : (T, D) to (T, V)
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        compute: torch.dtype,
+        *,
+        config: LlamaConfig,
+        embedding: Tensor,
+        layers: list[Layer],
+        norm: Tensor,
+        project: Linear,
+    ) -> None:
+        super().__init__(info, tokenizer, device, compute)
+        self.config = config
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = norm
+        self._projection = project
+        self._rotary = Rotary(config, device, compute)
+
+    def _lookup(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self._embedding).to(self.compute)
+
+    @property
+    def embedding(self) -> Tensor:
+        return self._embedding.float()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self._final_norm, self.config.eps)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self._projection(x).float()
+
+    def _step(self, layout: Layout, cache: KVCache, x: Tensor, captured: Captured) -> Tensor:
+        config = self.config
+        width, eps = (config.width,), config.eps
+        heads, kv_heads, size, inner = (
+            config.heads,
+            config.kv_heads,
+            config.head_size,
+            config.inner,
+        )
+        count = x.shape[0]
+        cosine, sine = self._rotary.at(layout)
+        want_hidden, want_attentions = captured.want_hidden, captured.want_attentions
+        for i, layer in enumerate(self._layers):
+            if i in want_hidden:
+                captured.hidden[i] = x
+            y = layer.qkv(F.rms_norm(x, width, layer.attention_norm, eps))
+            y = y.view(count, heads + 2 * kv_heads, size)
+            qk = y.narrow(1, 0, heads + kv_heads)
+            if layer.q_norm is not None:
+                query = F.rms_norm(qk[:, :heads], (size,), layer.q_norm, eps)
+                qk = torch.cat((query, F.rms_norm(qk[:, heads:], (size,), layer.k_norm, eps)), 1)
+            qk = torch.addcmul(qk * cosine, torch.roll(qk, size // 2, -1), sine)
+            keys, values = cache.write(
+                i, qk.narrow(1, heads, kv_heads), y.narrow(1, heads + kv_heads, kv_heads), layout
+            )
+            query = qk.narrow(1, 0, heads)
+            grid = layout.unpack(query).transpose(1, 2)  # (B, H, n, size)
+            if i in want_attentions:
+                captured.attentions[i] = attention_weights(grid, keys, layout.visible)
+            mixed = attend(grid, keys, values, layout).transpose(1, 2)  # (B, n, H, size)
+            x = x + layer.out(layout.pack(mixed).reshape(count, heads * size))
+            y = layer.gate_up(F.rms_norm(x, width, layer.mlp_norm, eps))
+            x = x + layer.down(F.silu(y.narrow(1, 0, inner)).mul_(y.narrow(1, inner, inner)))
+        if config.layers in want_hidden:
+            captured.hidden[config.layers] = x
+        return x
+
+    def keep_layers(self, count: int) -> None:
+        """Drop all but the first layers; on a shallow copy this leaves the original whole."""
+        self._layers = self._layers[:count]
+
+    def close(self) -> None:
+        self._layers = []
+        self._embedding = self._final_norm = torch.empty(0)
+        self._projection = _closed
+
+
+def _closed(x: Tensor) -> Tensor:
+    raise RuntimeError("the model is closed")
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """Scaled dot-product attention of (B, H, n, d) over (B, KV, stop, d); (B, H, n, d)."""
+    bias = layout.bias(query.dtype)
+    grouped = query.shape[1] != keys.shape[1]
+    if grouped and bias is not None and query.is_cuda:
+        # The fast CUDA kernels take a mask or shared key/value heads, not both.
+        repeat = query.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=bias,
+        is_causal=layout.triangle and layout.width > 1,
+        enable_gqa=grouped,
+    )
+
+
+def attention_weights(
+    query: Tensor,
+    keys: Tensor,
+    visible: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the softmax that fused attention uses but does not show.
+
+    Parameters
+    ----------
+    query : (B, H, n, d)
+    keys : (B, KV, S, d)
+    visible : bool, broadcastable to (B, H, n, S)
+    scale : float, optional
+        Default ``1 / sqrt(d)``.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
+
+    Returns
+    -------
+    float32 (B, H, n, S)
+    """
+    batch, heads, count, size = query.shape
+    kv_heads = keys.shape[1]
+    split = query.float().reshape(batch, kv_heads, heads // kv_heads * count, size)
+    scores = split @ keys.float().transpose(2, 3) * (scale or 1 / math.sqrt(size))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(batch, heads, count, keys.shape[2])
+    return scores.masked_fill(~visible, -math.inf).softmax(-1)

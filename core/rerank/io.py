@@ -1,0 +1,311 @@
+"""Rerank requests and results as JSON lines: strict reading, unknown fields passed through."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import InvalidInput, MissingFile
+from .ranking import Ranking
+
+Report = Callable[[InvalidInput], None]
+_TEXT_KEYS = ("text", "contents", "content", "segment", "body", "passage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A passage to be ranked.
+
+    Attributes
+    ----------
+    docid : str
+    text : str
+        What the model reads; a title, if there is one, stands in front.
+    score : float or None
+        First-stage score.
+    raw : mapping
+        The candidate as it was read, for writing it back.
+    """
+
+    docid: str
+    text: str
+    score: float | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A query and its candidates in first-stage order.
+
+    Attributes
+    ----------
+    qid : str
+        Unique within a job.
+    query : str
+    candidates : tuple of Candidate
+    source : str
+        ``file:line`` it came from.
+    raw : mapping
+        The request as it was read, candidates left out.
+    """
+
+    qid: str
+    query: str
+    candidates: tuple[Candidate, ...]
+    source: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    def scores(self) -> list[float] | None:
+        """Return the first-stage scores, or None if any is missing."""
+        found = [c.score for c in self.candidates if c.score is not None]
+        return found if len(found) == len(self.candidates) else None
+
+    def head(self, count: int | None) -> Request:
+        """Return the request with its first ``count`` candidates; all of them if None."""
+        return self if count is None else replace(self, candidates=self.candidates[:count])
+
+
+def open_text(path: Path) -> IO[bytes]:
+    """Open a file, a ``.gz`` one unpacked, for reading bytes.
+
+    Raises
+    ------
+    MissingFile
+    """
+    try:
+        if path.suffix == ".gz":
+            import gzip
+
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        return path.open("rb")
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: no such file") from None
+    except OSError as error:
+        raise MissingFile(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def numbered_lines(
+    lines: Iterable[bytes], name: str, report: Report | None
+) -> Iterator[tuple[str, str]]:
+    """Yield ``("name:line", text)`` for every line that is not blank.
+
+    Lines that are not UTF-8 are reported and left out. Works line by line, so a pipe is read as it
+    comes. A byte order mark at the start and CR before LF are dropped.
+    """
+    for number, data in enumerate(lines, start=1):
+        where = f"{name}:{number}"
+        if number == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = data.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            tell(report, InvalidInput(f"{where}: not UTF-8 at byte {error.start}"))
+            continue
+        if text.strip():
+            yield where, text
+
+
+def tell(report: Report | None, error: InvalidInput) -> None:
+    """Hand an error to ``report``, or raise it if nobody listens."""
+    if report is None:
+        raise error
+    report(error)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse strict JSON: no NaN or Infinity, no repeated key, no bottomless nesting."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise InvalidInput(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise InvalidInput(f"{where}: {error}") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON; use a finite number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} stands twice")
+    return found
+
+
+def parse_request(value: Any, where: str, *, default_qid: str) -> Request:
+    """Check one request.
+
+    ``{"query": {"text", "qid"} | "text", "candidates": [{"docid", "score", "doc"} | "text", ...]}``
+    where ``doc`` is text or an object with a ``text`` (or ``contents``, ``content``, ``segment``,
+    ``body``, ``passage``) and perhaps a ``title``. A query without ``qid`` gets ``default_qid``;
+    a candidate without ``docid`` gets its place, from 1.
+
+    Raises
+    ------
+    InvalidInput
+        Naming ``where`` and the key.
+    """
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{where}: must be an object, got {_kind(value)}")
+    for needed in ("query", "candidates"):
+        if needed not in value:
+            raise InvalidInput(f"{where}: {needed}: missing")
+    query, qid = value["query"], default_qid
+    if isinstance(query, dict):
+        if "qid" in query:
+            qid = _identifier(query["qid"], f"{where}: query.qid")
+        query = query.get("text")
+    if not isinstance(query, str) or not query.strip():
+        raise InvalidInput(f"{where}: query: must be text that is not empty")
+    _check_text(query, f"{where}: query")
+    rows = value["candidates"]
+    if not isinstance(rows, list):
+        raise InvalidInput(f"{where}: candidates: must be a list, got {_kind(rows)}")
+    candidates = tuple(
+        _candidate(row, f"{where}: candidates[{place}]", str(place + 1))
+        for place, row in enumerate(rows)
+    )
+    rest = {key: item for key, item in value.items() if key != "candidates"}
+    return Request(qid=qid, query=query, candidates=candidates, source=where, raw=rest)
+
+
+def _candidate(row: Any, where: str, default_docid: str) -> Candidate:
+    if isinstance(row, str):
+        _check_text(row, where)
+        return Candidate(docid=default_docid, text=row, raw={"docid": default_docid, "doc": row})
+    if not isinstance(row, dict):
+        raise InvalidInput(f"{where}: must be an object or text, got {_kind(row)}")
+    docid = default_docid
+    if "docid" in row:
+        docid = _identifier(row["docid"], f"{where}.docid")
+    score = row.get("score")
+    if score is not None:
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise InvalidInput(f"{where}.score: must be a number, got {_kind(score)}")
+        if abs(score) > 1e38 or not math.isfinite(score):
+            raise InvalidInput(f"{where}.score: must be within ±1e38")
+        score = float(score)
+    if "doc" not in row:
+        raise InvalidInput(f"{where}.doc: missing")
+    text = document_text(row["doc"], f"{where}.doc")
+    return Candidate(docid=docid, text=text, score=score, raw={"docid": docid, **row})
+
+
+def document_text(doc: Any, where: str) -> str:
+    """Return the text that the model reads of a document: text, or an object with text in it."""
+    if isinstance(doc, dict):
+        key = next((key for key in _TEXT_KEYS if key in doc), None)
+        if key is None:
+            raise InvalidInput(f"{where}: has none of {', '.join(_TEXT_KEYS)}")
+        title, where = doc.get("title"), f"{where}.{key}"
+        doc = doc[key]
+        if isinstance(title, str) and title.strip() and isinstance(doc, str):
+            doc = with_title(title, doc)
+    if not isinstance(doc, str):
+        raise InvalidInput(f"{where}: must be text, got {_kind(doc)}")
+    _check_text(doc, where)
+    return doc
+
+
+def with_title(title: str, text: str) -> str:
+    """Join a title and a text the way listwise training data does."""
+    return f"Title: {title} Content: {text}" if title.strip() else text
+
+
+def _identifier(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise InvalidInput(f"{where}: must be text or a whole number, got {_kind(value)}")
+    text = str(value)
+    _check_text(text, where)
+    return text
+
+
+def _check_text(text: str, where: str) -> None:
+    # JSON may hold half of a surrogate pair, which no tokenizer and no UTF-8 file can take.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where}: lone surrogate at character {error.start}") from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number") if value != "" else "empty text"
+
+
+def read_requests(
+    lines: Iterable[bytes], name: str, *, report: Report | None = None
+) -> Iterator[Request]:
+    """Read requests, one JSON object per line, as they come.
+
+    Parameters
+    ----------
+    lines : iterable of bytes
+        An open file, or stdin.
+    name : str
+        What to call it in errors.
+    report : callable, optional
+        Called with an InvalidInput for each line that cannot be used, and reading goes on; if
+        None, the first one is raised.
+    """
+    seen: dict[str, str] = {}
+    for where, text in numbered_lines(lines, name, report):
+        try:
+            default = f"line-{where.rpartition(':')[2]}"
+            request = parse_request(parse_json(text, where), where, default_qid=default)
+            if request.qid in seen:
+                raise InvalidInput(
+                    f"{where}: query.qid: {request.qid!r} was used at {seen[request.qid]}; "
+                    "give each query its own"
+                )
+        except InvalidInput as error:
+            tell(report, error)
+            continue
+        seen[request.qid] = where
+        yield request
+
+
+def result_record(request: Request, ranking: Ranking) -> dict[str, Any]:
+    """Return a request in its new order, in the shape it came in, unknown fields included.
+
+    Each candidate gets its slot score as ``score``, its ``rank`` from 1 and, under the name of its
+    kind, the model's score; ``rerank`` says how it was made.
+    """
+    query = request.raw.get("query")
+    shaped = {**query, "qid": query.get("qid", request.qid)} if isinstance(query, dict) else None
+    rows: list[dict[str, Any]] = []
+    for hit in ranking:
+        row = {**request.candidates[hit.index].raw, "score": hit.score, "rank": hit.rank}
+        if ranking.logit_kind != "none":
+            row[ranking.logit_kind] = hit.logit
+        rows.append(row)
+    usage = ranking.usage
+    return {
+        **request.raw,
+        "query": shaped or {"text": request.query, "qid": request.qid},
+        "candidates": rows,
+        "rerank": {
+            "method": ranking.method,
+            "score_kind": ranking.kind,
+            "logit_kind": ranking.logit_kind,
+            "windows": usage.windows,
+            "prompt_tokens": usage.prompt_tokens,
+            "generated_tokens": usage.generated_tokens,
+            "malformed": usage.malformed,
+            **({} if usage.word_limit is None else {"word_limit": usage.word_limit}),
+        },
+    }
+
+
+def dump_line(record: Mapping[str, Any]) -> str:
+    """Return one JSON line, control characters escaped and NaN refused."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,335 @@
+"""A batch of queries that can be killed at any time and resumed without loss or repetition.
+
+The output itself is the journal: one JSON line per finished query, appended and synced to disk
+before the next query starts. Every record carries the settings it was made with, so a resume under
+other settings, another model or another input is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+from ..decode.rng import Rng
+from ..errors import Cancelled, InvalidInput, MissingFile, SteersmanError, UsageError
+from ..model import ModelInfo
+from .io import Request, dump_line, parse_json, result_record
+from .ranking import Ranking
+from .reranker import Cancel, Reranker, WindowCall
+from .trec import write_run
+
+Settings = dict[str, Any]
+
+
+def job_settings(reranker: Reranker, info: ModelInfo, **more: Any) -> Settings:
+    """Return everything a ranking depends on, as plain JSON values.
+
+    Parameters
+    ----------
+    reranker : Reranker
+    info : ModelInfo
+    **more
+        What else shapes the result: the input's hash, cut-offs, a shuffle seed.
+    """
+    method = reranker.method
+    options: dict[str, Any] = (
+        asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    )
+    fixed = {"requires", "logit_kind"}
+    return {
+        "method": reranker.name,
+        **{name: value for name, value in options.items() if name not in fixed},
+        "window": reranker.window,
+        "stride": reranker.stride,
+        "passes": reranker.passes,
+        "max_words": reranker.max_words,
+        "prompt": digest(json.dumps(asdict(reranker.prompt), sort_keys=True).encode()),
+        "model": info.name,
+        "weights": info.fingerprint,
+        "backend": info.backend,
+        "dtype": info.dtype,
+        "context": info.context,
+        **more,
+    }
+
+
+def digest(data: bytes) -> str:
+    """Return a short SHA-256 of ``data`` (16 hex digits)."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Return a short SHA-256 over the contents of files, in order."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except FileNotFoundError:
+            raise MissingFile(f"{path}: no such file") from None
+    return total.hexdigest()[:16]
+
+
+class RecordLog:
+    """Append-only JSON lines, one per finished query, synced one by one.
+
+    Parameters
+    ----------
+    path : Path
+    settings : mapping
+        What the records are made with; stored in each under ``rerank.settings``.
+    resume : bool
+        Go on after what ``path`` holds. A last line that a kill left half-written is cut off.
+    overwrite : bool
+        Start anew if ``path`` exists.
+
+    Attributes
+    ----------
+    done : set of str
+        Queries that have a record.
+
+    Raises
+    ------
+    UsageError
+        The file has content and neither ``resume`` nor ``overwrite`` is given, or another process
+        is writing it.
+    InvalidInput
+        The file was made with other settings (they are named), or a line in it is damaged.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = path
+        self._settings = json.loads(json.dumps(settings))
+        self.done: set[str] = set()
+        if path.exists() and path.stat().st_size and not resume and not overwrite:
+            raise UsageError(
+                f"{path}: exists; give --resume to continue it or --overwrite to replace it"
+            )
+        try:
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+        except OSError as error:
+            raise MissingFile(f"{path}: cannot be written: {error.strerror or error}") from None
+        try:
+            _lock(self._file, path)
+            if overwrite and not resume:
+                self._file.truncate(0)
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _recover(self) -> None:
+        """Read what is there, cut a half-written end off, and stand behind the last record."""
+        self._file.seek(0)
+        good = 0
+        for number, line in enumerate(iter(self._file.readline, b""), start=1):
+            where = f"{self.path}:{number}"
+            try:
+                if not line.endswith(b"\n"):
+                    raise InvalidInput(f"{where}: ends in mid-line")
+                record = parse_json(line.decode(errors="replace"), where)
+                try:
+                    made_with = record["rerank"]["settings"]
+                    qid = str(record["query"]["qid"])
+                except (KeyError, TypeError):
+                    raise InvalidInput(f"{where}: not a record of this command") from None
+            except InvalidInput:
+                if self._file.read(1):
+                    raise
+                break  # killed while writing the last line: this query is done again
+            self._check(made_with, where)
+            self.done.add(qid)
+            good += len(line)
+        self._file.truncate(good)
+        self._file.seek(good)
+
+    def _check(self, made_with: Any, where: str) -> None:
+        if made_with == self._settings:
+            return
+        if not isinstance(made_with, dict):
+            raise InvalidInput(f"{where}: rerank.settings: must be an object")
+        names = sorted({*made_with, *self._settings})
+        differ = [n for n in names if made_with.get(n) != self._settings.get(n)]
+        told = "; ".join(
+            f"{n} was {made_with.get(n)!r} and is now {self._settings.get(n)!r}" for n in differ
+        )
+        raise InvalidInput(
+            f"{where}: made with other settings ({told}); use them again, choose another output "
+            "or give --overwrite"
+        )
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record and wait until it is on disk."""
+        info = {**record["rerank"], "settings": self._settings}
+        self._file.write(dump_line({**record, "rerank": info}).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done.add(str(record["query"]["qid"]))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield every record, in the order they were written."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield parse_json(line.decode(), f"{self.path}:{number}")
+
+    def close(self) -> None:
+        """Close the file and let others write it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers are then the user's own affair
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"{path}: another process is writing it") from None
+
+
+def write_run_from_log(log: RecordLog, path: Path, *, tag: str) -> int:
+    """Write the log's records as a TREC run, in one step: a reader never sees half of it.
+
+    Returns
+    -------
+    int
+        Repeated documents that were left out; see :func:`~.trec.write_run`.
+    """
+    rows = (
+        (
+            str(record["query"]["qid"]),
+            [str(hit["docid"]) for hit in record["candidates"]],
+            [float(hit["score"]) for hit in record["candidates"]],
+        )
+        for record in log.records()
+    )
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            dropped = write_run(file, rows, tag=tag)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise MissingFile(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()
+    return dropped
+
+
+def shuffle(request: Request, seed: int) -> Request:
+    """Return the request with its candidates in random order; their scores stay in the slots.
+
+    The order depends on ``seed`` and the query's id alone, so that a resumed job makes the same.
+    """
+    n = len(request.candidates)
+    row = int.from_bytes(hashlib.sha256(request.qid.encode()).digest()[:8], "big")
+    places = np.argsort(Rng(seed).uniforms(row, 0, n), kind="stable")
+    scores = request.scores()
+    shuffled = tuple(
+        replace(request.candidates[int(place)], score=None if scores is None else scores[slot])
+        for slot, place in enumerate(places)
+    )
+    return replace(request, candidates=shuffled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one query.
+
+    ``error`` is set if it failed, ``ranking`` and ``record`` if it was ranked; both are None for a
+    query that an earlier run of the job had finished.
+    """
+
+    request: Request
+    ranking: Ranking | None = None
+    record: Mapping[str, Any] | None = None
+    error: SteersmanError | None = None
+
+
+def run_job(
+    reranker: Reranker,
+    requests: Iterable[Request],
+    *,
+    log: RecordLog | None = None,
+    top_k: int | None = None,
+    cancel: Cancel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_call: Callable[[Request, WindowCall], None] | None = None,
+) -> Iterator[Outcome]:
+    """Rank queries one after the other and yield what became of each.
+
+    A query that fails (its window does not fit the context, the engine gives no finite logits) is
+    yielded with its error and the job goes on; it has no record, so a resume tries it again.
+
+    Parameters
+    ----------
+    reranker : Reranker
+    requests : iterable of Request
+        Read as it goes.
+    log : RecordLog, optional
+        Finished queries are skipped, new ones appended before they are yielded.
+    top_k : int, optional
+        Keep the best ``top_k`` in each result.
+    cancel, progress
+        As in :meth:`Reranker.rank`; ``progress`` counts the windows of one query.
+    on_call : callable, optional
+        Called with the request and each compared window.
+
+    Raises
+    ------
+    Cancelled
+        After the last finished query was recorded.
+    """
+    for request in requests:
+        if log is not None and request.qid in log.done:
+            yield Outcome(request=request)
+            continue
+
+        def report(call: WindowCall, request: Request = request) -> None:
+            if on_call is not None:
+                on_call(request, call)
+
+        try:
+            ranking = reranker.rank(
+                request.query,
+                [c.text for c in request.candidates],
+                docids=[c.docid for c in request.candidates],
+                scores=request.scores(),
+                top_k=top_k,
+                cancel=cancel,
+                progress=progress,
+                on_call=report,
+            )
+        except Cancelled:
+            raise
+        except SteersmanError as error:
+            yield Outcome(request=request, error=error)
+            continue
+        record = result_record(request, ranking)
+        if log is not None:
+            log.append(record)
+        yield Outcome(request=request, ranking=ranking, record=record)

@@ -1,0 +1,261 @@
+"""From a window of passages to the logits after ``[``: prompt, fit, cache, one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..array import array_namespace, asarray_like, to_numpy
+from ..chat import encode_chat
+from ..decode.loop import prompt_chunks
+from ..decode.sessions import reuse_prefix
+from ..errors import BackendError, Cancelled, ContextOverflow, InvalidInput, UsageError
+from ..model import Capability, Forward, IntArray, Model, Session
+from .identifiers import find_identifiers
+from .prompt import Prompt, count_words, merge_system, sanitise
+
+Array = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How one window was ordered.
+
+    Attributes
+    ----------
+    order : tuple of int
+        Places in the window, best first; a permutation.
+    scores : tuple of float, or None
+        One per place of the window, larger is better.
+    response : str or None
+        Generated text, where there is one.
+    malformed : bool
+        The answer was not a permutation of the identifiers.
+    """
+
+    order: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+    response: str | None = None
+    malformed: bool = False
+
+
+@dataclass
+class Counters:
+    """Running totals of one ranking."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    malformed: int = 0
+    windows: int = 0
+    word_limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPrompt:
+    """A prompt that the session has read.
+
+    Attributes
+    ----------
+    token_ids : tuple of int
+    logits : float32 array (V,)
+        For the token after the last one; valid until the next call.
+    """
+
+    token_ids: tuple[int, ...]
+    logits: Array
+
+
+@dataclass
+class WindowReader:
+    """Builds window prompts and reads them with one session of a model.
+
+    Not for use by two threads at once; each opens its own on the shared model.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : Prompt
+    max_words : int
+        Words of each passage, at least 1.
+    cancelled : callable
+        Polled between prompt chunks and between generated tokens.
+    """
+
+    model: Model
+    prompt: Prompt = field(default_factory=Prompt)
+    max_words: int = 300
+    cancelled: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        if self.max_words < 1:
+            raise UsageError(f"--max-words {self.max_words}: must be at least 1")
+        self.model.require(Capability.LAST_LOGITS, who="rerank")
+        self.identifiers = find_identifiers(self.model.tokenizer)
+        self.counters = Counters()
+        self._session: Session | None = None
+        self._system_role: bool | None = None
+        self._letters: Array | None = None
+
+    def start(self) -> None:
+        """Begin a new query: counters at zero and an empty cache.
+
+        What another query left in the cache is not reused, so that a ranking does not depend on
+        what was ranked before it: on engines whose logits vary with how a prompt is cut into calls
+        a resumed job could otherwise differ from an uninterrupted one.
+        """
+        self.counters = Counters()
+        if self._session is None:
+            self._session = self.model.session(needs=Capability.NONE)
+        elif self._session.lengths[0]:
+            self._rewind(0)
+
+    def close(self) -> None:
+        """Free the cache; the model stays open."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    # -- prompts ---------------------------------------------------------------------------
+
+    def encode(self, query: str, passages: Sequence[str], *, max_words: int) -> list[int]:
+        """Return the ids of a window's prompt, with the assistant's turn open and ``[`` in it."""
+        messages = self.prompt.messages(query, passages, max_words=max_words)
+        return [*self._encode_chat(messages), *self.identifiers.opening]
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if self._system_role is None:
+            self._system_role = _has_system_role(tokenizer)
+        if not self._system_role:
+            messages = merge_system(messages)
+        return encode_chat(tokenizer, messages)
+
+    def fit(self, query: str, passages: Sequence[str], *, reserve: int) -> list[int]:
+        """Return the prompt's ids with as many words per passage as the context allows.
+
+        Parameters
+        ----------
+        reserve : int
+            Tokens to keep free for the answer.
+
+        Raises
+        ------
+        ContextOverflow
+            It does not fit even without a word of any passage.
+        """
+        room = self._open_session().context - reserve
+        longest = max((count_words(sanitise(text)) for text in passages), default=0)
+        # Starting above the longest passage would only repeat the same prompt.
+        limit = min(self.max_words, longest)
+        while True:
+            ids = self.encode(query, passages, max_words=limit)
+            overflow = len(ids) - room
+            if overflow <= 0:
+                return ids
+            if limit == 0:
+                raise ContextOverflow(
+                    f"rerank: {len(passages)} passages need {len(ids)} tokens without their text "
+                    f"and {room} are free; raise --ctx-size or lower --window-size"
+                )
+            limit = max(0, limit - max(1, overflow // (4 * len(passages))))
+            counted = self.counters.word_limit
+            self.counters.word_limit = limit if counted is None else min(counted, limit)
+
+    # -- calls -----------------------------------------------------------------------------
+
+    def read(self, ids: Sequence[int]) -> ReadPrompt:
+        """Read a prompt, reusing the prefix that the cache holds of it.
+
+        Raises
+        ------
+        Cancelled
+            ``cancelled`` became true between two chunks.
+        """
+        session = self._open_session()
+        tokens: IntArray = np.asarray(ids, np.int64)[None]
+        ask, cached = reuse_prefix(session, Forward(keep=0, tokens=tokens))
+        logits: Array = None
+        for chunk in prompt_chunks(session, ask):
+            self.check_cancel()
+            logits = session.forward(chunk).logits
+        self.counters.prompt_tokens += len(ids)
+        self.counters.cached_tokens += cached
+        return ReadPrompt(token_ids=tuple(int(i) for i in ids), logits=logits[0, :])
+
+    def append(self, token: int) -> Array:
+        """Append one generated token and return the next logits (V,)."""
+        session = self._open_session()
+        self.check_cancel()
+        self.counters.generated_tokens += 1
+        keep = int(session.lengths[0])
+        out = session.forward(Forward(keep=keep, tokens=np.array([[token]], np.int64)))
+        assert out.logits is not None
+        return out.logits[0, :]
+
+    def letter_logits(self, logits: Array, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Gather the first ``count`` identifiers' logits on the device; one copy to the host.
+
+        Parameters
+        ----------
+        logits : float array (V,)
+        count : int in 1..26
+
+        Returns
+        -------
+        float64 array (count,)
+
+        Raises
+        ------
+        BackendError
+            A logit is not finite: the model or its precision is broken.
+        """
+        xp = array_namespace(logits)
+        if self._letters is None:
+            self._letters = asarray_like(
+                np.asarray(self.identifiers.letters, np.int64), logits, dtype=xp.int64
+            )
+        values = to_numpy(xp.take(logits, self._letters[:count], axis=0)).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise BackendError(
+                f"rerank: {self.model.info.name} on {self.model.info.backend} gave logits that are "
+                "not finite; try another --dtype"
+            )
+        return values
+
+    def check_cancel(self) -> None:
+        """Raise Cancelled if the caller asked to stop."""
+        if self.cancelled():
+            raise Cancelled("rerank: cancelled")
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, control tokens by name."""
+        tokenizer = self.model.tokenizer
+        return b"".join(tokenizer.token_bytes(int(i)) for i in ids).decode(errors="replace")
+
+    def _open_session(self) -> Session:
+        if self._session is None:
+            self._session = self.model.session(needs=Capability.NONE)
+        return self._session
+
+    def _rewind(self, keep: int) -> None:
+        session = self._open_session()
+        if Capability.ROLLBACK in self.model.capabilities:
+            session.forward(Forward(keep=keep, logits="none"))
+        else:
+            session.close()
+            self._session = self.model.session(needs=Capability.NONE)
+
+
+def _has_system_role(tokenizer: Any) -> bool:
+    """Whether the chat template renders a system message: some raise, some drop it."""
+    user = {"role": "user", "content": "b"}
+    try:
+        with_system = encode_chat(tokenizer, [{"role": "system", "content": "Rank."}, user])
+        other = encode_chat(tokenizer, [{"role": "system", "content": "Order these."}, user])
+    except InvalidInput:
+        return False
+    return with_system != other

@@ -150,8 +150,9 @@ def _check_events(text: str, source: str, error_type: type[SteersmanError]) -> N
                 refuse(event, f"more than {MAX_VALUES} values")
             if event.anchor is not None:
                 refuse(event, f"anchors (&{event.anchor}) are not allowed; write the value out")
-            if getattr(event, "tag", None) is not None:
-                refuse(event, f"tags ({event.tag}) are not allowed; write a plain value")
+            tag = getattr(event, "tag", None)
+            if tag is not None:
+                refuse(event, f"tags ({tag}) are not allowed; write a plain value")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -188,7 +189,7 @@ def _build(
             result[key] = _build(value_node, (*path, key), lines, source, error_type)
         return result
     value = _scalar(node.value, node.tag, f"{source}:{line}", error_type)
-    return number(value) if isinstance(value, str) and node.style is None else value
+    return number(value) if isinstance(value, str) and not node.style else value
 
 
 def _scalar(text: str, tag: str, where: str, error_type: type[SteersmanError]) -> Any:

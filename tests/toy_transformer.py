@@ -61,6 +61,11 @@ class ToyTransformer(Model):
         Other seeds are other models of the same shape (drafts, experts, amateurs).
     without : Capability
         What this model shall not offer.
+
+    Attributes
+    ----------
+    session_class : type
+        What ``session`` opens; tests put faulty copies here.
     calls : Counter
         Number of ``forward`` calls ("forward") and of tokens computed ("tokens").
     """
@@ -80,6 +85,7 @@ class ToyTransformer(Model):
         self.xp = xp
         self.tokenizer = tokenizer or byte_tokenizer()
         self.capabilities = EVERYTHING & ~without
+        self.session_class: type[ToySession] = ToySession
         self.calls: Counter[str] = Counter()
         self._wide = xp.float32 if "mlx" in xp.__name__ else xp.float64
         self.scale = math.sqrt(width)
@@ -114,6 +120,7 @@ class ToyTransformer(Model):
                 f"{i}.up": weight(2 * width, width, scale=root),
                 f"{i}.down": weight(width, 2 * width, scale=root),
             }
+        self._turns: dict[int, tuple[Array, Array]] = {}
         self._w = {name: self._array(value) for name, value in self.weights.items()}
 
     def session(
@@ -123,7 +130,7 @@ class ToyTransformer(Model):
         needs: Capability = Capability.NONE,
         context: int | None = None,
     ) -> ToySession:
-        return ToySession(
+        return self.session_class(
             self, max_rows=max_rows, needs=needs, context=context or self.info.context
         )
 
@@ -151,7 +158,7 @@ class ToyTransformer(Model):
     # -- pieces of a layer, on one position ----------------------------------------------------
 
     def _array(self, values: np.ndarray) -> Array:
-        array = self.xp.astype(self.xp.asarray(np.asarray(values, np.float32)), self._wide)
+        array = self.xp.astype(self.xp.asarray(np.asarray(values)), self._wide)
         to_numpy(array)  # mlx: lazy arrays must not cross threads
         return array
 
@@ -162,10 +169,15 @@ class ToyTransformer(Model):
     def _logits(self, x: Array) -> Array:
         return self.xp.astype(self._w["head"] @ self._rms(x, self._w["norm"]), self.xp.float32)
 
+    def _turn(self, position: int, half: int) -> tuple[Array, Array]:
+        if position not in self._turns:
+            angle = position * 100.0 ** (-np.arange(half) / half)
+            self._turns[position] = (self._array(np.cos(angle)), self._array(np.sin(angle)))
+        return self._turns[position]
+
     def _rotate(self, x: Array, position: int) -> Array:
         half = x.shape[-1] // 2
-        angle = position * 100.0 ** (-np.arange(half) / half)
-        cos, sin = (self.xp.astype(self.xp.asarray(f(angle)), self._wide) for f in (np.cos, np.sin))
+        cos, sin = self._turn(position, half)
         a, b = x[:, :half], x[:, half:]
         return self.xp.concat([a * cos - b * sin, a * sin + b * cos], axis=-1)
 

@@ -35,12 +35,14 @@ def _shapes(probe: Probe, meter: Meter) -> None:
         shape = tuple(again.logits.shape)  # type: ignore[union-attr]
         want = (1, len(more), vocab) if probe.want == "all" else (1, vocab)
         meter.holds(shape == want, f"{probe.want} logits have shape {shape}")
+        end = len(tokens) + len(more)
+        session.forward(Forward(keep=end, tokens=[more[:1]], logits="last"))
         if not session.borrowed_logits:
             meter.holds(
                 bool((probe.host(out.logits) == before).all()),
                 "a later call changed logits that were handed out",
             )
-        none = session.forward(Forward(keep=len(tokens), tokens=[more], logits="none"))
+        none = session.forward(Forward(keep=end + 1, tokens=[more], logits="none"))
         meter.holds(none.logits is None, "logits were returned though none were asked for")
 
 
@@ -118,8 +120,9 @@ def _rows(probe: Probe, meter: Meter) -> None:
     with probe.open(needs, rows=4) as session:
         for step, (keep, new) in enumerate(calls):
             source = [0, 0, 0, 0] if step == 0 else None
-            ask = Forward(keep=keep, tokens=pad(new), rows=source, logits=probe.want)
-            out = session.forward(ask)
+            # Half of the calls ask for the last logits of rows that end in different columns.
+            want = "last" if step % 2 else probe.want
+            out = session.forward(Forward(keep=keep, tokens=pad(new), rows=source, logits=want))
             meter.holds(
                 bool(np.isfinite(probe.host(out.logits)).all()),
                 f"call {step}: entries of padded positions are not finite",
@@ -127,8 +130,8 @@ def _rows(probe: Probe, meter: Meter) -> None:
             for b, answer in enumerate(probe.answers(out, [len(x) for x in new])):
                 rows[b] = rows[b][: keep[b]] + new[b]
                 if new[b]:
-                    want = probe.fresh(rows[b], len(new[b]))
-                    meter.logits(answer, want, f"call {step}, row {b}")
+                    alone = probe.fresh(rows[b], len(answer))
+                    meter.logits(answer, alone, f"call {step}, row {b}")
         lengths = [len(row) for row in rows]
         meter.holds(session.lengths.tolist() == lengths, f"lengths {session.lengths.tolist()}")
 

@@ -99,7 +99,7 @@ class Probe:
     def answers(self, out: Output, counts: Sequence[int]) -> list[Floats]:
         """Return the logits of each row: all of its new positions, or the last one."""
         logits = self.host(out.logits)
-        if self.want == "all":
+        if logits.ndim == 3:
             return [logits[b, :n] for b, n in enumerate(counts)]
         return [logits[b : b + 1] if n else logits[:0] for b, n in enumerate(counts)]
 
@@ -118,7 +118,8 @@ class Probe:
         """Return the logits of the last ``count`` positions of ``tokens``, computed anew."""
         key = (tuple(tokens), count, needs)
         if key not in self._fresh:
-            with self.open(needs) as session:
+            room = max(len(tokens), min(self.length + 32, self.model.info.context))
+            with self.open(needs, context=room) as session:
                 answer = self.feed(session, 0, [tokens])[0]
             self._fresh[key] = answer[len(answer) - min(count, len(answer)) :].copy()
         return self._fresh[key]

@@ -179,11 +179,11 @@ def _block(probe: Probe, meter: Meter) -> None:
         answer = probe.feed(session, n + m, [probe.other[8:10]])[0]
         want = probe.fresh(prefix + block + probe.other[8:10], 2, C.BLOCK)
         meter.logits(answer, want, "tokens after a committed block")
-        if C.ROLLBACK in probe.model.capabilities:
-            denoise(block)
-            answer = probe.feed(session, n, [probe.tokens[n : n + 2] or block[:2]])[0]
-            want = probe.fresh(prefix + (probe.tokens[n : n + 2] or block[:2]), 2, C.BLOCK)
-            meter.logits(answer, want, "tokens after a dropped block")
+        denoise(block)
+        new = probe.other[10:12]
+        answer = probe.feed(session, n, [new])[0]
+        want = probe.fresh(prefix + new, 2, C.BLOCK)
+        meter.logits(answer, want, "tokens after a dropped block")
 
 
 _L = C.LAST_LOGITS
@@ -238,7 +238,7 @@ CHECKS = (
     Spec(
         name="block",
         title="an open block repeats, sees itself both ways, and commits causally",
-        needs=_L | C.ALL_LOGITS | C.BLOCK,
+        needs=_L | C.ALL_LOGITS | C.BLOCK | C.ROLLBACK,
         run=_block,
     ),
 )

@@ -1,0 +1,69 @@
+"""MLX backend: every capability on Apple GPUs, and on CPU or CUDA where mlx runs under Linux.
+
+mlx-lm's implementations of the models compute; the cache, the masks and the looking inside are our
+own. GGUF files of Q4_0, Q4_1 and Q8_0 blocks are read without conversion.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steersman.core.locate import ModelSource
+
+    from .model import MLXModel
+
+
+def open_model(
+    source: ModelSource,
+    *,
+    context: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> MLXModel:
+    """Open a GGUF file or a Hugging Face folder.
+
+    Parameters
+    ----------
+    source : ModelSource
+    context : int, optional
+        Most positions per row, up to the trained context, which is the default.
+    dtype : {"auto", "float32", "bfloat16", "float16", "q4", "q8"}
+        "auto" is float32 on CPU; on a GPU the file's own type, quantised blocks included. "q4" and
+        "q8" keep the file's own 4- or 8-bit weights packed (slow on CPU).
+    device : {"auto", "cpu", "gpu", "metal", "cuda"}
+    threads : int, optional
+        Threads of the BLAS on the CPU build, which numpy shares; default ``$STEERSMAN_THREADS``,
+        else what the BLAS chose.
+
+    Raises
+    ------
+    UsageError
+        An option is unknown, or cannot be used with this model.
+    MissingDependency
+        mlx-lm or the device is not there.
+    MissingFile, InvalidInput
+        The folder or file is not what it should be, or not a model that mlx-lm computes rightly.
+    """
+    from .load import open_model as load
+
+    return load(source, context=context, dtype=dtype, device=device, threads=threads)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages this backend computes with, without importing them.
+
+    ``blas`` says what multiplies matrices once a model was opened in this process.
+    """
+    out = {}
+    for name in ("mlx", "mlx-lm", "tokenizers"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    from . import blas
+
+    out["blas"] = blas.describe()
+    return out

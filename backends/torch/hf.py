@@ -58,7 +58,7 @@ class HFModel(TorchModel):
                 f"{info.path}: architecture {info.architecture} is built in a way that the torch "
                 "backend does not know"
             )
-        for i, layer in enumerate(layers[: info.layers]):
+        for i, layer in enumerate(layers[1 : info.layers], start=1):
             layer.register_forward_pre_hook(_keep_input(i), with_kwargs=True)
         self._final_norm.register_forward_pre_hook(_keep_final, with_kwargs=True)
 
@@ -91,6 +91,8 @@ class HFModel(TorchModel):
             raise BackendError("torch: the model did not reach its final norm")
         final = layout.pack(call.final)
         captured.hidden = {i: layout.pack(h) for i, h in captured.hidden.items()}
+        if 0 in captured.want_hidden:
+            captured.hidden[0] = x  # before learned positions are added, where a model has them
         if self.info.layers in captured.want_hidden:
             captured.hidden[self.info.layers] = final
         return final

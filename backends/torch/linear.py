@@ -38,7 +38,8 @@ class HalfStored:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         limit = torch.finfo(torch.float16).max
-        if float(weight.abs().max()) > limit:  # FBGEMM would saturate without a word
+        low, high = weight.aminmax()
+        if max(-float(low), float(high)) > limit:  # FBGEMM would saturate without a word
             raise OverflowError(f"a weight is larger than {limit:.0f}")
         weight = weight.float().contiguous()
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
@@ -116,10 +117,13 @@ class Q4Linear:
         self._nibbles = torch.from_numpy(np.ascontiguousarray(blocks.nibbles))
         self._scale = torch.from_numpy(np.ascontiguousarray(blocks.scale))
         self._minimum = torch.from_numpy(np.ascontiguousarray(blocks.minimum))
-        low_high = torch.stack((self._nibbles & 15, self._nibbles >> 4), dim=2)
-        quants = low_high.view(out, groups * BLOCK).to(torch.int32)
+        quants = torch.empty(out, groups, 2, BLOCK // 2, dtype=torch.int32)
+        quants[:, :, 0] = self._nibbles & 15
+        quants[:, :, 1] = self._nibbles >> 4
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            quants.view(out, groups * BLOCK), 1
+        )
         # The kernel computes (q - 8) * scale + zero.
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quants, 1)
         zero = self._minimum + 8 * self._scale
         pairs = torch.stack((self._scale.T, zero.T), dim=2)
         self._scale_zero = pairs.to(torch.bfloat16).contiguous()

@@ -6,9 +6,12 @@ typical_p p=1, top_n_sigma n=0, xtc probability=0, dry multiplier=0, penalties 1
 """
 
 from .chain import DRAW_STAGES, DRAW_TOKEN, Chain, Selection, Uniforms
+from .dry import Dry, apply_dry
+from .logit_bias import LogitBias, apply_logit_bias
 from .min_p import MinP, apply_min_p
 from .mirostat import Mirostat, apply_mirostat
 from .penalties import Penalties, apply_penalties
+from .processor import Processor, apply_processor
 from .registry import STAGES, build_stage, stage_class
 from .stage import Context, Stage
 from .temperature import Temperature, apply_temperature
@@ -25,9 +28,12 @@ __all__ = [
     "XTC",
     "Chain",
     "Context",
+    "Dry",
+    "LogitBias",
     "MinP",
     "Mirostat",
     "Penalties",
+    "Processor",
     "Selection",
     "Stage",
     "Temperature",
@@ -36,9 +42,12 @@ __all__ = [
     "TopP",
     "TypicalP",
     "Uniforms",
+    "apply_dry",
+    "apply_logit_bias",
     "apply_min_p",
     "apply_mirostat",
     "apply_penalties",
+    "apply_processor",
     "apply_temperature",
     "apply_top_k",
     "apply_top_n_sigma",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..array import Array, array_namespace, to_numpy
 from ..errors import BackendError
 from ..model import IntArray
-from ..ops import categorical, logsumexp, top_k
+from ..ops import categorical, logsumexp, mask_out, top_k
 from ..ops.categorical import draw_1d
 from .stage import Context, Stage
 from .top_k import TopK
@@ -99,15 +99,17 @@ def check_left(values: FloatRow, row: int) -> None:
         )
 
 
-def narrow(values: FloatRow) -> tuple[FloatRow, IntArray | None]:
-    """Return the survivors of one row (V,), most likely first, and their ids.
+def narrow(
+    values: FloatRow, keep: npt.NDArray[np.bool_] | None = None
+) -> tuple[FloatRow, IntArray | None]:
+    """Return what is left of one row (V,), most likely first, and the ids.
 
-    Where so many are left that sorting them costs more than it saves, the row comes back as it is,
-    with None for the ids.
+    Where so many are left that sorting them costs more than it saves, the row stays as long as it
+    was, with None for the ids.
     """
-    ids = np.flatnonzero(values > -np.inf)
+    ids = np.flatnonzero(values > -np.inf if keep is None else keep)
     if len(ids) > SHORT:
-        return values, None
+        return values if keep is None else mask_out(values, keep), None
     left = values[ids]
     order = np.argsort(-left, kind="stable")
     return left[order], ids[order]
@@ -138,15 +140,18 @@ def run_row(
             continue
         if ids is None and type(stage) is TopK and stage.k < min(size, SHORT):
             values, ids = top_k(values, stage.k)
-        else:
-            context = inputs.single(place, stage, row, ordered=ids is not None)
+            continue
+        context = inputs.single(place, stage, row, ordered=ids is not None)
+        if not stage.truncates:
             values = stage(values[None], context)[0]
-        if ids is not None:
-            left = values > -np.inf
-            if not left.all():
-                values, ids = values[left], ids[left]
-        elif stage.truncates:
-            values, ids = narrow(values)
+            left = None if ids is None else values > -np.inf
+        else:
+            left = stage.keep(values[None], context)[0]
+            if ids is None:
+                values, ids = narrow(values, left)
+                continue
+        if ids is not None and not left.all():
+            values, ids = values[left], ids[left]
     return values, ids
 
 

@@ -129,9 +129,9 @@ class Chain:
         """Return the state of ``rows`` fresh rows."""
         return tuple(stage.init(rows) for stage in self.stages)
 
-    def fork(self, state: tuple[Any, ...], rows: IntArray) -> tuple[Any, ...]:
+    def rows(self, state: tuple[Any, ...], rows: IntArray | Sequence[int]) -> tuple[Any, ...]:
         """Return the state of rows that continue ``rows`` (B',) of the present ones."""
-        return tuple(stage.fork(part, rows) for stage, part in zip(self.stages, state))
+        return tuple(stage.fork(part, np.asarray(rows)) for stage, part in zip(self.stages, state))
 
     def observe(self, state: tuple[Any, ...], logprobs: npt.NDArray[np.float64]) -> tuple[Any, ...]:
         """Return the state after tokens of final log-probability ``logprobs`` (B,) were taken.

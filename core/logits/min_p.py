@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..array import Array, array_namespace
+from ..ops import mask_out
 from .stage import Context, Stage, check_number
 
 
@@ -25,11 +26,13 @@ def apply_min_p(logits: Array, p: float) -> Array:
     ----------
     Nguyen et al., "Turning Up the Heat: Min-p Sampling", arXiv:2407.01082.
     """
-    if p <= 0:
-        return logits
-    xp = array_namespace(logits)
-    floor = xp.max(logits, axis=-1, keepdims=True) + math.log(p)
-    return xp.where(logits >= floor, logits, -xp.inf)
+    return logits if p <= 0 else mask_out(logits, keep_min_p(logits, p))
+
+
+def keep_min_p(logits: Array, p: float) -> Array:
+    """Return the mask (..., V) of :func:`apply_min_p`; p > 0."""
+    top = array_namespace(logits).max(logits, axis=-1, keepdims=True)
+    return logits >= top + math.log(p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +50,5 @@ class MinP(Stage):
     def off(self) -> bool:
         return self.p == 0
 
-    def __call__(self, logits: Array, context: Context) -> Array:
-        return apply_min_p(logits, self.p)
+    def keep(self, logits: Array, context: Context) -> Array:
+        return keep_min_p(logits, self.p)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..array import Array, array_namespace, asarray_like
 from ..model import IntArray
-from ..ops import logsumexp
+from ..ops import logsumexp, mask_out
 from .stage import Context, Stage, check_number
 
 
@@ -29,10 +29,14 @@ def apply_mirostat(logits: Array, mu: Array) -> Array:
     Basu et al., "Mirostat: A Neural Text Decoding Algorithm that Directly Controls Perplexity",
     arXiv:2007.14966.
     """
+    return mask_out(logits, keep_mirostat(logits, mu))
+
+
+def keep_mirostat(logits: Array, mu: Array) -> Array:
+    """Return the mask (..., V) of :func:`apply_mirostat`."""
     xp = array_namespace(logits)
     floor = logsumexp(logits, keepdims=True) - mu[..., None] * math.log(2.0)
-    floor = xp.minimum(floor, xp.max(logits, axis=-1, keepdims=True))
-    return xp.where(logits >= floor, logits, -xp.inf)
+    return logits >= xp.minimum(floor, xp.max(logits, axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,9 @@ class Mirostat(Stage):
         check_number(self.name, "tau", self.tau, 0, 100, low_open=True)
         check_number(self.name, "eta", self.eta, 0, 1, low_open=True)
 
-    def __call__(self, logits: Array, context: Context) -> Array:
+    def keep(self, logits: Array, context: Context) -> Array:
         mu = asarray_like(np.asarray(context.state, np.float32), logits, dtype=logits.dtype)
-        return apply_mirostat(logits, mu)
+        return keep_mirostat(logits, mu)
 
     def init(self, rows: int) -> Any:
         return np.full(rows, 2.0 * self.tau)

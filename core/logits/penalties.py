@@ -37,11 +37,15 @@ def recent_counts(
     for row, tokens in enumerate(history):
         recent = np.asarray(tokens, np.int64)
         recent = recent if last_n < 0 else recent[max(len(recent) - last_n, 0) :]
-        found, count = np.unique(recent, return_counts=True)
-        valid = slice(*np.searchsorted(found, [0, vocab_size]))
-        ids.append(found[valid])
-        counts.append(count[valid])
-        rows.append(np.full(len(ids[-1]), row))
+        recent = np.sort(recent)
+        first, end = recent.searchsorted((0, vocab_size))
+        recent = recent[first:end]
+        starts = np.ones(len(recent) + 1, np.bool_)
+        np.not_equal(recent[1:], recent[:-1], out=starts[1:-1])
+        places = starts.nonzero()[0]
+        ids.append(recent[places[:-1]])
+        counts.append(places[1:] - places[:-1])
+        rows.append(np.full(len(places) - 1, row))
     if len(rows) == 1:
         return rows[0], ids[0], counts[0].astype(np.float32)
     return np.concatenate(rows), np.concatenate(ids), np.concatenate(counts).astype(np.float32)

@@ -9,9 +9,12 @@ from typing import Any
 
 from ..errors import UsageError, did_you_mean
 from ..model import Tokenizer
+from .dry import Dry
+from .logit_bias import LogitBias
 from .min_p import MinP
 from .mirostat import Mirostat
 from .penalties import Penalties
+from .processor import Processor
 from .stage import Stage
 from .temperature import Temperature
 from .top_k import TopK
@@ -21,7 +24,9 @@ from .typical_p import TypicalP
 from .xtc import XTC
 
 STAGES: dict[str, type[Stage]] = {
+    "logit_bias": LogitBias,
     "penalties": Penalties,
+    "dry": Dry,
     "temperature": Temperature,
     "top_k": TopK,
     "top_p": TopP,
@@ -30,6 +35,7 @@ STAGES: dict[str, type[Stage]] = {
     "top_n_sigma": TopNSigma,
     "xtc": XTC,
     "mirostat": Mirostat,
+    "processor": Processor,
 }
 
 ENTRY_POINTS = "steersman.logits"

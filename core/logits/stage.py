@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..array import Array
 from ..errors import UsageError
 from ..model import IntArray, Tokenizer
+from ..ops import mask_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Stage:
         Whether the most likely token can become another one. Greedy decoding skips stages for
         which this is False.
     truncates : bool
-        Whether it removes tokens, so that the chain should go on with the candidates that remain.
+        Whether it only removes tokens, by :meth:`keep`; the chain goes on with those that remain.
     by_id : bool
         Whether it treats tokens by their id. Other stages see only values, and may be given
         candidates, sorted from most to least likely, instead of the vocabulary.
@@ -86,7 +87,11 @@ class Stage:
 
     def __call__(self, logits: Array, context: Context) -> Array:
         """Return new logits (B, n) for ``logits`` (B, n)."""
-        raise NotImplementedError
+        return mask_out(logits, self.keep(logits, context))
+
+    def keep(self, logits: Array, context: Context) -> Array:
+        """Return which tokens stay, bool (B, n): all that a truncating stage has to say."""
+        raise NotImplementedError(f"{self.name}: neither __call__ nor keep is defined")
 
     def init(self, rows: int) -> Any:
         """Return the state of ``rows`` fresh rows."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..array import Array, array_namespace
-from ..ops import top_k
+from ..array import Array
+from ..ops import mask_out, top_k
 from ..ops.sorting import positions_like
 from .stage import Context, Stage, check_integer
 
@@ -28,14 +28,17 @@ def apply_top_k(logits: Array, k: int, *, ordered: bool = False) -> Array:
     """
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    xp = array_namespace(logits)
+    return mask_out(logits, keep_top_k(logits, k, ordered=ordered))
+
+
+def keep_top_k(logits: Array, k: int, *, ordered: bool = False) -> Array:
+    """Return the mask (..., V) of :func:`apply_top_k`; k > 0."""
     places = positions_like(logits)
     if ordered:
-        return xp.where(places < k, logits, -xp.inf)
+        return (places < k) & (logits == logits)
     values, indices = top_k(logits, k)
     cut, last = values[..., -1:], indices[..., -1:]
-    keep = (logits > cut) | ((logits == cut) & (places <= last))
-    return xp.where(keep, logits, -xp.inf)
+    return (logits > cut) | ((logits == cut) & (places <= last))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +56,5 @@ class TopK(Stage):
     def off(self) -> bool:
         return self.k == 0
 
-    def __call__(self, logits: Array, context: Context) -> Array:
-        return apply_top_k(logits, self.k, ordered=context.ordered)
+    def keep(self, logits: Array, context: Context) -> Array:
+        return keep_top_k(logits, self.k, ordered=context.ordered)

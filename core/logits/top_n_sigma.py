@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ..array import Array, array_namespace
+from ..ops import mask_out, native
 from .stage import Context, Stage, check_number
 
 
@@ -28,8 +31,19 @@ def apply_top_n_sigma(logits: Array, n: float) -> Array:
     ----------
     Tang et al., "Top-nσ: Not All Logits Are You Need", arXiv:2411.07641.
     """
-    if n <= 0:
-        return logits
+    return logits if n <= 0 else mask_out(logits, keep_top_n_sigma(logits, n))
+
+
+def keep_top_n_sigma(logits: Array, n: float) -> Array:
+    """Return the mask (..., V) of :func:`apply_top_n_sigma`; n > 0."""
+    xp = array_namespace(logits)
+    top = xp.max(logits, axis=-1, keepdims=True)
+    return logits >= top - n * finite_std(logits)
+
+
+@native
+def finite_std(logits: Array) -> Array:
+    """Return the population standard deviation (..., 1) of the entries above -inf."""
     xp = array_namespace(logits)
     top = xp.max(logits, axis=-1, keepdims=True)
     some = logits > -xp.inf
@@ -39,8 +53,14 @@ def apply_top_n_sigma(logits: Array, n: float) -> Array:
     count = xp.where(count > 0, count, xp.ones_like(count))
     mean = xp.sum(below, axis=-1, keepdims=True) / count
     spread = xp.where(some, (below - mean) ** 2, xp.zeros_like(logits))
-    sigma = xp.sqrt(xp.sum(spread, axis=-1, keepdims=True) / count)
-    return xp.where(logits >= top - n * sigma, logits, -xp.inf)
+    return xp.sqrt(xp.sum(spread, axis=-1, keepdims=True) / count)
+
+
+@finite_std.twin("numpy")
+def _finite_std_numpy(logits: Array) -> Array:
+    if logits.min() > -np.inf:
+        return logits.std(axis=-1, keepdims=True)
+    return finite_std.portable(logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +78,5 @@ class TopNSigma(Stage):
     def off(self) -> bool:
         return self.n == 0
 
-    def __call__(self, logits: Array, context: Context) -> Array:
-        return apply_top_n_sigma(logits, self.n)
+    def keep(self, logits: Array, context: Context) -> Array:
+        return keep_top_n_sigma(logits, self.n)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..array import Array, array_namespace
-from ..ops import smallest_set, softmax
+from ..array import Array
+from ..ops import mask_out, relative_probs, smallest_set
 from .stage import Context, Stage, check_number
 
 
@@ -26,10 +26,12 @@ def apply_top_p(logits: Array, p: float, *, ordered: bool = False) -> Array:
     ----------
     Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1904.09751.
     """
-    if p >= 1:
-        return logits
-    xp = array_namespace(logits)
-    return xp.where(smallest_set(logits, softmax(logits), p, ordered=ordered), logits, -xp.inf)
+    return logits if p >= 1 else mask_out(logits, keep_top_p(logits, p, ordered=ordered))
+
+
+def keep_top_p(logits: Array, p: float, *, ordered: bool = False) -> Array:
+    """Return the mask (..., V) of :func:`apply_top_p`; p < 1."""
+    return smallest_set(logits, relative_probs(logits), p, ordered=ordered)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +49,5 @@ class TopP(Stage):
     def off(self) -> bool:
         return self.p == 1
 
-    def __call__(self, logits: Array, context: Context) -> Array:
-        return apply_top_p(logits, self.p, ordered=context.ordered)
+    def keep(self, logits: Array, context: Context) -> Array:
+        return keep_top_p(logits, self.p, ordered=context.ordered)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..array import Array, array_namespace
-from ..ops import entropy, log_softmax, smallest_set
+from ..ops import entropy, log_softmax, mask_out, smallest_set
 from .stage import Context, Stage, check_number
 
 
@@ -26,13 +26,15 @@ def apply_typical_p(logits: Array, p: float) -> Array:
     ----------
     Meister et al., "Locally Typical Sampling", arXiv:2202.00666.
     """
-    if p >= 1:
-        return logits
+    return logits if p >= 1 else mask_out(logits, keep_typical_p(logits, p))
+
+
+def keep_typical_p(logits: Array, p: float) -> Array:
+    """Return the mask (..., V) of :func:`apply_typical_p`; p < 1."""
     xp = array_namespace(logits)
     logprobs = log_softmax(logits)
     distance = xp.abs(logprobs + entropy(logits)[..., None])
-    keep = smallest_set(-distance, xp.exp(logprobs), p)
-    return xp.where(keep, logits, -xp.inf)
+    return smallest_set(-distance, xp.exp(logprobs), p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,5 +53,5 @@ class TypicalP(Stage):
     def off(self) -> bool:
         return self.p == 1
 
-    def __call__(self, logits: Array, context: Context) -> Array:
-        return apply_typical_p(logits, self.p)
+    def keep(self, logits: Array, context: Context) -> Array:
+        return keep_typical_p(logits, self.p)

@@ -64,7 +64,6 @@ class XTC(Stage):
 
     name: ClassVar[str] = "xtc"
     changes_argmax: ClassVar[bool] = True
-    truncates: ClassVar[bool] = True
     needs_uniform: ClassVar[bool] = True
     threshold: float = 0.1
     probability: float = 0.0

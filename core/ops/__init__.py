@@ -8,8 +8,8 @@ from .categorical import categorical
 from .cumulative import cumulative_sum, sum_before
 from .information import entropy, js_divergence, kl_divergence
 from .native import Native, native
-from .softmax import log_softmax, logsumexp, softmax
-from .sorting import smallest_set, top_k
+from .softmax import log_softmax, logsumexp, relative_probs, softmax
+from .sorting import mask_out, smallest_set, top_k
 from .tokens import target_logprobs, token_logprobs
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "kl_divergence",
     "log_softmax",
     "logsumexp",
+    "mask_out",
     "native",
+    "relative_probs",
     "smallest_set",
     "softmax",
     "sum_before",

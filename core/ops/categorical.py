@@ -6,6 +6,7 @@ import numpy as np
 
 from ..array import Array, array_namespace, asarray_like, wide_dtype
 from .native import native
+from .softmax import relative_probs
 from .sorting import positions_like
 
 _BLOCK = 256
@@ -35,8 +36,7 @@ def categorical(logits: Array, uniform: Array) -> Array:
     if not hasattr(uniform, "shape") or isinstance(uniform, np.ndarray):
         uniform = asarray_like(uniform, logits)
     uniform = xp.astype(uniform, wide)[..., None]
-    top = xp.max(logits, axis=-1, keepdims=True)
-    weights = xp.exp(logits - xp.where(xp.isfinite(top), top, xp.zeros_like(top)))
+    weights = relative_probs(logits)
     total = xp.cumulative_sum(xp.astype(weights, wide), axis=-1)
     places = positions_like(logits)
     possible = weights > 0
@@ -60,8 +60,9 @@ def draw_1d(logits: Array, uniform: float) -> tuple[int, float]:
         total = totals[-1]
         index = int(np.searchsorted(totals, uniform * total, side="right"))
     else:
-        starts = np.arange(0, size, _BLOCK)
-        blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+        even = size - size % _BLOCK
+        sums = weights[:even].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64)
+        blocks = np.cumsum(np.append(sums, weights[even:].sum(dtype=np.float64)))
         total = blocks[-1]
         goal = uniform * total
         block = min(int(np.searchsorted(blocks, goal, side="right")), len(blocks) - 1)

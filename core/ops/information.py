@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ..array import Array, array_namespace
+from .native import native
 from .softmax import log_softmax
 
 
@@ -16,6 +19,7 @@ def _expected(probs: Array, terms: Array) -> Array:
     return xp.sum(xp.where(some, probs * xp.where(some, terms, zero), zero), axis=-1)
 
 
+@native
 def entropy(logits: Array) -> Array:
     """Return the Shannon entropy (...) of ``softmax(logits)``, in nats.
 
@@ -24,6 +28,14 @@ def entropy(logits: Array) -> Array:
     xp = array_namespace(logits)
     logprobs = log_softmax(logits)
     return -_expected(xp.exp(logprobs), logprobs)
+
+
+@entropy.twin("numpy")
+def _entropy_numpy(logits: Array) -> Array:
+    logprobs = log_softmax(logits)
+    probs = np.exp(logprobs)
+    # 0 times a large number instead of 0 times inf.
+    return -np.einsum("...v,...v->...", probs, np.maximum(logprobs, -1e30, out=logprobs))
 
 
 def kl_divergence(logits: Array, other: Array) -> Array:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..array import Array, array_namespace, is_mlx
+import numpy as np
+
+from ..array import Array, array_namespace, library_module
+from .native import native
 
 
 def _peak(logits: Array) -> Array:
@@ -12,6 +15,25 @@ def _peak(logits: Array) -> Array:
     return xp.where(xp.isfinite(top), top, xp.zeros_like(top))
 
 
+@native
+def relative_probs(logits: Array) -> Array:
+    """Return ``exp(logits - max(logits))`` (..., V): probabilities as multiples of the largest.
+
+    A row of only -inf gives 0 everywhere.
+    """
+    return array_namespace(logits).exp(logits - _peak(logits))
+
+
+@relative_probs.twin("numpy")
+def _relative_probs_numpy(logits: Array) -> Array:
+    top = logits.max(axis=-1, keepdims=True)
+    if not np.isfinite(top).all():
+        top = np.where(np.isfinite(top), top, np.zeros_like(top))
+    weights = logits - top
+    return np.exp(weights, out=weights)
+
+
+@native
 def logsumexp(logits: Array, *, keepdims: bool = False) -> Array:
     """Return ``log(sum(exp(logits)))`` over the last axis, in the dtype of ``logits``.
 
@@ -33,9 +55,29 @@ def logsumexp(logits: Array, *, keepdims: bool = False) -> Array:
     some = total > 0
     # log(1) stands in where nothing was summed, so that no library warns about log(0).
     result = xp.where(some, xp.log(xp.where(some, total, xp.ones_like(total))) + top, -xp.inf)
-    if is_mlx(result):
-        result = result.astype(logits.dtype)
     return result if keepdims else xp.squeeze(result, axis=-1)
+
+
+@logsumexp.twin("numpy")
+def _logsumexp_numpy(logits: Array, *, keepdims: bool = False) -> Array:
+    weights = relative_probs(logits)
+    total = weights.sum(axis=-1, keepdims=True)
+    top = logits.max(axis=-1, keepdims=True)
+    if total.all():
+        result = np.log(total) + top
+    else:
+        result = np.where(total > 0, np.log(np.where(total > 0, total, 1)) + top, top)
+    return result if keepdims else result[..., 0]
+
+
+@logsumexp.twin("torch")
+def _logsumexp_torch(logits: Array, *, keepdims: bool = False) -> Array:
+    return library_module(logits).logsumexp(logits, dim=-1, keepdim=keepdims)
+
+
+@logsumexp.twin("mlx")
+def _logsumexp_mlx(logits: Array, *, keepdims: bool = False) -> Array:
+    return library_module(logits).logsumexp(logits, axis=-1, keepdims=keepdims)
 
 
 def log_softmax(logits: Array) -> Array:
@@ -54,6 +96,6 @@ def softmax(logits: Array) -> Array:
     A row of only -inf, which has no distribution, gives 0 everywhere.
     """
     xp = array_namespace(logits)
-    weights = xp.exp(logits - _peak(logits))
+    weights = relative_probs(logits)
     total = xp.sum(weights, axis=-1, keepdims=True)
     return weights / xp.where(total > 0, total, xp.ones_like(total))

@@ -19,6 +19,9 @@ def positions_like(x: Array) -> Array:
     return xp.arange(x.shape[-1], device=device_of(x))
 
 
+_FEW = 256  # entries that usually hold nearly all the probability
+
+
 @native
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """Return the ``k`` largest entries of each row and where they are, largest first.
@@ -124,6 +127,16 @@ def _top_k_mlx(x: Array, k: int) -> tuple[Array, Array]:
     return _rank_ties(x, xp.sort(indices, axis=-1))
 
 
+def mask_out(logits: Array, keep: Array) -> Array:
+    """Return ``logits`` (..., V) with -inf wherever ``keep`` (..., V) is False."""
+    if isinstance(logits, np.ndarray):  # half the time of np.where
+        out = np.full_like(logits, -np.inf)
+        np.copyto(out, logits, where=keep)
+        return out
+    xp = array_namespace(logits)
+    return xp.where(keep, logits, -xp.inf)
+
+
 @native
 def smallest_set(key: Array, weights: Array, share: float, *, ordered: bool = False) -> Array:
     """Mark the fewest entries, by falling ``key``, that hold ``share`` of the weight.
@@ -163,22 +176,50 @@ def smallest_set(key: Array, weights: Array, share: float, *, ordered: bool = Fa
 def _smallest_set_numpy(
     key: Array, weights: Array, share: float, *, ordered: bool = False
 ) -> Array:
+    if ordered:
+        total = np.cumsum(weights, axis=-1, dtype=np.float64)
+        keep = np.ones(key.shape, np.bool_)
+        np.less(total[..., :-1], share * total[..., -1:], out=keep[..., 1:])
+        return keep
     size = key.shape[-1]
-    if ordered or size <= 1024:
-        return smallest_set.portable(key, weights, share, ordered=ordered)
     flat_key, flat_weights = key.reshape(-1, size), weights.reshape(-1, size)
     keep = np.zeros(flat_key.shape, np.bool_)
     for row, (k, w) in enumerate(zip(flat_key, flat_weights)):
-        goal = share * w.sum(dtype=np.float64)
-        for count in (256, 4096, size):
-            best = top_k(k, count)[1]
-            total = np.cumsum(w[best], dtype=np.float64)
-            if total[-1] >= goal or count >= size:
-                break
-        keep[row, best[: np.searchsorted(total[:-1], goal) + 1]] = True
+        keep[row, _smallest_set_1d(k, w, share)] = True
     return keep.reshape(key.shape)
 
 
-def falling_order(values: Array, ids: Array) -> Array:
-    """Return the order of NumPy rows (n,) by falling ``values``, ties by lower id."""
-    return np.lexsort((ids, -values))
+def _smallest_set_1d(key: Array, weights: Array, share: float) -> Array:
+    """Return the indices of the smallest set of one NumPy row without sorting all of it.
+
+    Mostly a few hundred entries hold the share. Otherwise a search like quickselect, which halves
+    the undecided part until it is short, finds where to stop.
+    """
+    goal = share * weights.sum(dtype=np.float64)
+    best = _top_indices_1d(key, min(_FEW, len(key)))
+    total = np.cumsum(weights[best], dtype=np.float64)
+    if len(best) == len(key) or total[-1] >= goal:
+        return best[: np.searchsorted(total[:-1], goal) + 1]
+    undecided, taken, sure = np.arange(len(key)), 0.0, []
+    while len(undecided) > 4 * _FEW:
+        keys = key[undecided]
+        # The median of a sample; "above" is neither empty nor everything unless all are equal.
+        sample = np.sort(keys[:: len(keys) // 127])
+        pivot = sample[len(sample) // 2]
+        above = keys > pivot
+        if not above.any():
+            above = keys >= pivot
+            if above.all():
+                break
+        inside = undecided[np.flatnonzero(above)]
+        mass = weights[inside].sum(dtype=np.float64)
+        if taken + mass >= goal:
+            undecided = inside
+        else:
+            sure.append(inside)
+            taken += mass
+            undecided = undecided[np.flatnonzero(~above)]
+    order = undecided[np.argsort(-key[undecided], kind="stable")]
+    total = taken + np.cumsum(weights[order], dtype=np.float64)
+    sure.append(order[: np.searchsorted(total[:-1], goal) + 1])
+    return np.concatenate(sure)

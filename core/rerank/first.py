@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +103,5 @@ class First:
 
     @staticmethod
     def _scores(reader: WindowReader, query: str, passages: Sequence[str]) -> Floats:
-        prompt = reader.read(reader.fit(query, passages, reserve=0))
-        values: Any = reader.letter_logits(prompt.logits, len(passages))
-        return np.asarray(values, np.float64)
+        logits = reader.read(reader.fit(query, passages, reserve=0))
+        return reader.letter_logits(logits, len(passages))

@@ -75,8 +75,7 @@ class Generate:
         if limit is None:
             full = " > ".join(f"[{letter}]" for letter in LETTERS[:size])
             limit = len(tokenizer.encode(full)) + 8
-        ids = reader.fit(query, passages, reserve=limit)
-        logits = reader.read(ids).logits
+        logits = reader.read(reader.fit(query, passages, reserve=limit))
         answer = bytearray(b"[")
         named: set[str] = set()
         for step in range(limit):

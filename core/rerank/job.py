@@ -116,10 +116,8 @@ class RecordLog:
         self.path = path
         self._settings = json.loads(json.dumps(settings))
         self.done: set[str] = set()
-        if path.exists() and path.stat().st_size and not resume and not overwrite:
-            raise UsageError(
-                f"{path}: exists; give --resume to continue it or --overwrite to replace it"
-            )
+        if not resume and not overwrite:
+            refuse_existing(path)
         try:
             self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
         except OSError as error:
@@ -196,6 +194,14 @@ class RecordLog:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UsageError if ``path`` exists and is not empty."""
+    if path.exists() and path.stat().st_size:
+        raise UsageError(
+            f"{path}: exists; give --resume to continue it or --overwrite to replace it"
+        )
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

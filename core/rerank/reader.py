@@ -54,21 +54,6 @@ class Counters:
     word_limit: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadPrompt:
-    """A prompt that the session has read.
-
-    Attributes
-    ----------
-    token_ids : tuple of int
-    logits : float32 array (V,)
-        For the token after the last one; valid until the next call.
-    """
-
-    token_ids: tuple[int, ...]
-    logits: Array
-
-
 @dataclass
 class WindowReader:
     """Builds window prompts and reads them with one session of a model.
@@ -96,6 +81,7 @@ class WindowReader:
         self.model.require(Capability.LAST_LOGITS, who="rerank")
         self.identifiers = find_identifiers(self.model.tokenizer)
         self.counters = Counters()
+        self.prompts: list[tuple[int, ...]] = []  # of the window being compared
         self._session: Session | None = None
         self._system_role: bool | None = None
         self._letters: Array | None = None
@@ -167,8 +153,13 @@ class WindowReader:
 
     # -- calls -----------------------------------------------------------------------------
 
-    def read(self, ids: Sequence[int]) -> ReadPrompt:
+    def read(self, ids: Sequence[int]) -> Array:
         """Read a prompt, reusing the prefix that the cache holds of it.
+
+        Returns
+        -------
+        float32 array (V,)
+            Logits for the token after the last one; valid until the next call.
 
         Raises
         ------
@@ -184,7 +175,8 @@ class WindowReader:
             logits = session.forward(chunk).logits
         self.counters.prompt_tokens += len(ids)
         self.counters.cached_tokens += cached
-        return ReadPrompt(token_ids=tuple(int(i) for i in ids), logits=logits[0, :])
+        self.prompts.append(tuple(int(i) for i in ids))
+        return logits[0, :]
 
     def append(self, token: int) -> Array:
         """Append one generated token and return the next logits (V,)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, Self
 
 from ..errors import UsageError, did_you_mean
@@ -47,7 +47,10 @@ class WindowCall:
     order : tuple of int
         The same indices, best first.
     scores : tuple of float, or None
+    prompts : tuple of str
+        The exact text of each prompt, control tokens by name.
     response : str or None
+        Generated text, for methods that generate.
     malformed : bool
     prompt_tokens, generated_tokens : int
     seconds : float
@@ -58,6 +61,7 @@ class WindowCall:
     indices: tuple[int, ...]
     order: tuple[int, ...]
     scores: tuple[float, ...] | None
+    prompts: tuple[str, ...]
     response: str | None
     malformed: bool
     prompt_tokens: int
@@ -177,13 +181,35 @@ class Reranker:
             if end - begin < 2:
                 continue  # one passage has one order
             shown = order[begin:end]
-            call = self._compare(query, shown, passages, begin, end)
-            order[begin:end] = call.order
-            if call.scores is not None:
-                for index, score in zip(shown, call.scores):
+            counters = replace(reader.counters)
+            since = time.perf_counter()
+            reader.prompts.clear()
+            found = self.method.compare(reader, query, [passages[i] for i in shown])
+            if sorted(found.order) != list(range(len(shown))):
+                raise UsageError(f"rerank: method {self.name} did not return a permutation")
+            reader.counters.windows += 1
+            order[begin:end] = [shown[place] for place in found.order]
+            if found.scores is not None:
+                for index, score in zip(shown, found.scores):
                     logits[index] = score
             if on_call is not None:
-                on_call(call)
+                on_call(
+                    WindowCall(
+                        begin=begin,
+                        end=end,
+                        indices=tuple(shown),
+                        order=tuple(order[begin:end]),
+                        scores=found.scores,
+                        prompts=tuple(reader.text(ids) for ids in reader.prompts),
+                        response=found.response,
+                        malformed=found.malformed,
+                        prompt_tokens=reader.counters.prompt_tokens - counters.prompt_tokens,
+                        generated_tokens=(
+                            reader.counters.generated_tokens - counters.generated_tokens
+                        ),
+                        seconds=time.perf_counter() - since,
+                    )
+                )
         if progress is not None:
             progress(len(plan), len(plan))
         ranking = Ranking(
@@ -196,29 +222,6 @@ class Reranker:
             usage=Usage(**asdict(reader.counters), seconds=time.perf_counter() - begun),
         )
         return ranking if top_k is None else ranking.top_k(top_k)
-
-    def _compare(
-        self, query: str, shown: list[int], passages: Sequence[str], begin: int, end: int
-    ) -> WindowCall:
-        counters = self._reader.counters
-        prompted, generated = counters.prompt_tokens, counters.generated_tokens
-        begun = time.perf_counter()
-        found = self.method.compare(self._reader, query, [passages[i] for i in shown])
-        if sorted(found.order) != list(range(len(shown))):
-            raise UsageError(f"rerank: method {self.name} did not return a permutation")
-        counters.windows += 1
-        return WindowCall(
-            begin=begin,
-            end=end,
-            indices=tuple(shown),
-            order=tuple(shown[place] for place in found.order),
-            scores=found.scores,
-            response=found.response,
-            malformed=found.malformed,
-            prompt_tokens=counters.prompt_tokens - prompted,
-            generated_tokens=counters.generated_tokens - generated,
-            seconds=time.perf_counter() - begun,
-        )
 
     def close(self) -> None:
         """Free the cache; the model stays open."""

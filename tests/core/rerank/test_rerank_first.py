@@ -247,6 +247,8 @@ def test_progress_and_calls():
     assert calls[0].order == (5, 3, 4, 2)
     assert calls[0].scores == (2.0, 5.0, 4.0, 6.0)
     assert calls[1].indices == (0, 1, 5, 3)
+    (prompt,) = calls[1].prompts
+    assert "\n[C] passage number 5 is worth 6\n" in prompt and prompt.endswith("assistant\n[")
 
 
 # -- calibration -------------------------------------------------------------------------------

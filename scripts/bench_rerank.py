@@ -20,33 +20,10 @@ import sys
 import time
 from typing import Any
 
-WORDS = [
-    "river",
-    "harbour",
-    "engine",
-    "signal",
-    "paper",
-    "winter",
-    "garden",
-    "market",
-    "bridge",
-    "letter",
-    "island",
-    "copper",
-    "forest",
-    "window",
-    "music",
-    "doctor",
-    "planet",
-    "silver",
-    "travel",
-    "record",
-    "valley",
-    "kitchen",
-    "history",
-    "camera",
-    "station",
-]
+WORDS = """
+river harbour engine signal paper winter garden market bridge letter island copper forest window
+music doctor planet silver travel record valley kitchen history camera station
+""".split()  # noqa: SIM905 - a list of literals would fill the screen
 
 
 def passages(count: int, words: int, seed: int) -> list[str]:

@@ -34,7 +34,7 @@ from .envelope import to_json as to_json
 
 if TYPE_CHECKING:
     from steersman.core.model import Model
-    from steersman.core.profile import Profile
+    from steersman.core.profile import Profile, Setting
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_PROFILE = "balanced"
@@ -301,6 +301,36 @@ sampling_options = _stack(
     option("--truncate", is_flag=True,
            help="Cut a prompt that is too long from the front instead of refusing it."),
 )  # fmt: skip
+
+
+def settings(profile: Profile, model_args: ModelArgs, sampling: SamplingArgs) -> list[Setting]:
+    """Return every effective setting of a run, in order, with its origin."""
+    from steersman.core.profile import Setting
+
+    names = {"context": "ctx_size"}
+    found = []
+    for key, value in model_args.resolve(profile).items():
+        said = getattr(model_args, names.get(key, key), None)
+        if f"models.target.{key}" in profile.origins and said is None:
+            where = profile.origins[f"models.target.{key}"]
+        else:
+            where = origin(names.get(key, key)) if said else "built-in"
+        found.append(Setting(key=key, value=value, origin=where))
+    where = origin("profile") if sampling.profile != DEFAULT_PROFILE else "built-in"
+    found.append(Setting(key="profile", value=sampling.profile, origin=where))
+    found += [s for s in profile.settings() if not s.key.startswith("models.target.")]
+    seed = "drawn anew" if sampling.seed is None else sampling.seed
+    found.append(Setting(key="seed", value=seed, origin=origin("seed")))
+    return found
+
+
+def settings_table(profile: Profile, model_args: ModelArgs, sampling: SamplingArgs) -> str:
+    """Return :func:`settings` for reading; stages stand in the order they are applied."""
+    rows = [
+        [s.key, "none" if s.value is None else s.value, s.origin]
+        for s in settings(profile, model_args, sampling)
+    ]
+    return output.table(rows, header=["setting", "value", "from"])
 
 
 # -- output ---------------------------------------------------------------------------------

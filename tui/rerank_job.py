@@ -1,0 +1,373 @@
+"""The work behind ``steersman rerank``: reading requests, running the job, writing results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steersman.core.errors import InvalidInput, MissingFile
+
+from . import common, output
+from .envelope import INVALID, PARTIAL, RUNTIME
+
+if TYPE_CHECKING:
+    from steersman.core.rerank.io import Request
+    from steersman.core.rerank.job import Outcome, RecordLog
+    from steersman.core.rerank.reranker import Reranker, WindowCall
+
+_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """The command's own options, as given."""
+
+    requests_file: Path | None
+    input_json: str | None
+    stdin: bool
+    run: Path | None
+    queries: Path | None
+    collection: Path | None
+    output_jsonl_file: Path | None
+    output_trec_file: Path | None
+    invocations_history_file: Path | None
+    method: str
+    window_size: int
+    stride: int | None
+    num_passes: int
+    max_words: int
+    top_k_candidates: int | None
+    top_k_rerank: int | None
+    permutations: int
+    content_free: bool
+    prompt_file: Path | None
+    shuffle_candidates: bool
+    seed: int
+    dry_run: bool
+    validate_only: bool
+    resume: bool
+    overwrite: bool
+    tag: str
+
+    @property
+    def mode(self) -> str:
+        """Mode for the envelope."""
+        return "validate" if self.validate_only else "dry-run" if self.dry_run else "run"
+
+    @property
+    def step(self) -> int:
+        """Stride: half the window if none was given."""
+        return max(1, self.window_size // 2) if self.stride is None else self.stride
+
+    @property
+    def files(self) -> list[Path]:
+        """Input files, in a fixed order."""
+        given = (self.requests_file, self.run, self.queries, self.collection)
+        return [path for path in given if path is not None]
+
+
+@dataclass
+class Problems:
+    """Errors that do not stop the job: counted, the first ones shown and kept."""
+
+    envelope: common.Envelope
+    lines: int = 0
+    queries: int = 0
+    hidden: int = 0
+
+    def line(self, error: InvalidInput) -> None:
+        """A line of input that cannot be used."""
+        self.lines += 1
+        self._tell(error)
+
+    def query(self, outcome: Outcome) -> None:
+        """A query that could not be ranked."""
+        self.queries += 1
+        error = outcome.error
+        assert error is not None
+        told = common.problem(error)
+        where = f"{outcome.request.source}: query {outcome.request.qid!r}: "
+        self._tell(common.Problem(code=told.code, message=where + told.message))
+
+    def _tell(self, error: InvalidInput | common.Problem) -> None:
+        if self.lines + self.queries <= _SHOWN_PROBLEMS:
+            self.envelope.fail(error, exit_code=PARTIAL)
+        else:
+            self.hidden += 1
+
+    def settle(self, succeeded: int) -> None:
+        """Set the exit code: 7 if something succeeded, else 5 for bad input or 6."""
+        if self.hidden:
+            self.envelope.warn(f"{self.hidden} more problems are not shown")
+        if self.lines or self.queries:
+            failed = RUNTIME if self.queries else INVALID
+            self.envelope.exit_code = PARTIAL if succeeded else failed
+
+
+# -- input --------------------------------------------------------------------------------------
+
+
+def requests(
+    args: Args, problems: Problems, stack: ExitStack, held: bytes | None = None
+) -> Iterator[Request]:
+    """Yield the requests as they are read, cut and shuffled as asked.
+
+    Parameters
+    ----------
+    args : Args
+    problems : Problems
+        Told of every line that cannot be used.
+    stack : ExitStack
+        Closes the input.
+    held : bytes, optional
+        What stdin held, if it has been read already.
+    """
+    from steersman.core.rerank.job import shuffle
+    from steersman.core.rerank.trec import check_trec_names
+
+    for request in _source(args, problems, stack, held):
+        request = request.head(args.top_k_candidates)
+        if args.output_trec_file is not None:
+            try:
+                check_trec_names(request)
+            except InvalidInput as error:
+                problems.line(error)
+                continue
+        yield shuffle(request, args.seed) if args.shuffle_candidates else request
+
+
+def _source(
+    args: Args, problems: Problems, stack: ExitStack, held: bytes | None
+) -> Iterable[Request]:
+    from steersman.core.rerank.io import open_text, read_requests
+    from steersman.core.rerank.trec import read_run, read_texts, run_requests
+
+    if args.run is None:
+        lines: Iterable[bytes]
+        if args.input_json is not None:
+            # One request may be written over several lines.
+            name, lines = "--input-json", [" ".join(args.input_json.splitlines()).encode()]
+        elif args.requests_file is not None:
+            name = str(args.requests_file)
+            lines = stack.enter_context(open_text(args.requests_file))
+        else:
+            name = "stdin"
+            lines = sys.stdin.buffer if held is None else held.splitlines(keepends=True)
+        return read_requests(lines, name, report=problems.line)
+    assert args.queries is not None and args.collection is not None  # _check saw to it
+    run = read_run(args.run, report=problems.line)
+    run = {qid: hits[: args.top_k_candidates] for qid, hits in run.items()}
+    queries = read_texts(args.queries, only=run.keys(), report=problems.line)
+    wanted = {hit.docid for hits in run.values() for hit in hits}
+    return run_requests(
+        run,
+        queries,
+        read_texts(args.collection, only=wanted, report=problems.line),
+        queries_name=str(args.queries),
+        collection_name=str(args.collection),
+        report=problems.line,
+    )
+
+
+def _count(args: Args) -> int | None:
+    """Number of queries for the progress bar, where it costs little to know."""
+    if args.input_json is not None:
+        return 1
+    if args.requests_file is None or args.requests_file.suffix == ".gz":
+        return None
+    with args.requests_file.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
+
+
+# -- running ----------------------------------------------------------------------------------
+
+
+def run_rerank(
+    args: Args, model_args: common.ModelArgs, problems: Problems, stack: ExitStack
+) -> None:
+    """Open the model and rank every query; ``stack`` closes what was opened."""
+    from steersman.core.rerank import First, Generate, Reranker
+    from steersman.core.rerank.job import run_job
+    from steersman.core.rerank.prompt import read_prompt
+
+    envelope = problems.envelope
+    prompt = None if args.prompt_file is None else read_prompt(args.prompt_file)
+    log_path = _log_path(args)
+    held = sys.stdin.buffer.read() if args.stdin and log_path is not None else None
+    model = stack.enter_context(common.load_model(model_args, envelope=envelope))
+    method = (
+        First(permutations=args.permutations, content_free=args.content_free)
+        if args.method == "first"
+        else Generate()
+    )
+    reranker = stack.enter_context(
+        Reranker(
+            model,
+            method=method,
+            window=args.window_size,
+            stride=args.stride,
+            passes=args.num_passes,
+            max_words=args.max_words,
+            prompt=prompt,
+        )
+    )
+    log = _open_log(args, log_path, reranker, held, envelope, stack)
+    history = _History(args.invocations_history_file, reranker, stack)
+    tally = _Tally()
+    results: list[Any] = []
+    with output.progress(_count(args), label="rerank", unit="query") as bar:
+        found = requests(args, problems, stack, held)
+        for outcome in run_job(
+            reranker, found, log=log, top_k=args.top_k_rerank, on_call=history.add
+        ):
+            bar.update()
+            tally.add(outcome)
+            if outcome.error is not None:
+                problems.query(outcome)
+            elif log is None and outcome.record is not None:
+                if envelope.json:
+                    results.append(outcome.record)
+                else:
+                    output.print_json(common.to_json(outcome.record))
+    if log is not None:
+        _finish(args, log, problems)
+    elif envelope.json:
+        envelope.result = results
+    problems.settle(succeeded=tally.ranked + tally.skipped)
+    envelope.metrics = {**asdict(tally), "input_problems": problems.lines}
+    output.note(tally.sentence())
+
+
+def _log_path(args: Args) -> Path | None:
+    """Where finished queries are recorded: the JSON lines output, or beside the run."""
+    if args.output_jsonl_file is not None:
+        return args.output_jsonl_file
+    if args.output_trec_file is not None:
+        return args.output_trec_file.with_name(args.output_trec_file.name + ".records.jsonl")
+    return None
+
+
+def _open_log(
+    args: Args,
+    path: Path | None,
+    reranker: Reranker,
+    held: bytes | None,
+    envelope: common.Envelope,
+    stack: ExitStack,
+) -> RecordLog | None:
+    from steersman.core.rerank.job import RecordLog, digest, digest_files, job_settings
+
+    if held is not None:
+        made_of = digest(held)
+    elif args.input_json is not None:
+        made_of = digest(args.input_json.encode())
+    else:
+        made_of = digest_files(args.files)
+    settings = job_settings(
+        reranker,
+        reranker.model.info,
+        input=made_of,
+        top_k_candidates=args.top_k_candidates,
+        top_k_rerank=args.top_k_rerank,
+        shuffle_seed=args.seed if args.shuffle_candidates else None,
+    )
+    envelope.resolved["settings"] = settings
+    if path is None:
+        return None
+    log = RecordLog(path, settings, resume=args.resume, overwrite=args.overwrite)
+    return stack.enter_context(log)
+
+
+def _finish(args: Args, log: RecordLog, problems: Problems) -> None:
+    """Write the run from the records, and tidy up."""
+    from steersman.core.rerank.job import write_run_from_log
+
+    envelope = problems.envelope
+    if args.output_trec_file is not None:
+        repeated = write_run_from_log(log, args.output_trec_file, tag=args.tag)
+        if repeated:
+            envelope.warn(
+                f"{args.output_trec_file}: {repeated} repeated documents were left out, "
+                "a run holds each once per query"
+            )
+        envelope.artifacts["trec"] = args.output_trec_file
+    if args.output_jsonl_file is not None:
+        envelope.artifacts["jsonl"] = args.output_jsonl_file
+    elif not problems.queries:
+        log.close()
+        log.path.unlink()
+
+
+@dataclass
+class _Tally:
+    """What the job did."""
+
+    ranked: int = 0
+    skipped: int = 0
+    failed: int = 0
+    windows: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    malformed_answers: int = 0
+    shortened_queries: int = 0
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            self.failed += 1
+        elif outcome.ranking is None:
+            self.skipped += 1
+        else:
+            usage = outcome.ranking.usage
+            self.ranked += 1
+            self.windows += usage.windows
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
+            self.generated_tokens += usage.generated_tokens
+            self.malformed_answers += usage.malformed
+            self.shortened_queries += usage.word_limit is not None
+            self.seconds += usage.seconds
+
+    def sentence(self) -> str:
+        parts = [f"{self.ranked} queries ranked, {self.windows} windows, {self.seconds:.1f} s"]
+        if self.skipped:
+            parts.append(f"{self.skipped} were done before")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        if self.malformed_answers:
+            parts.append(f"{self.malformed_answers} answers were no permutation")
+        if self.shortened_queries:
+            parts.append(f"{self.shortened_queries} had passages cut to fit the context")
+        return "; ".join(parts)
+
+
+class _History:
+    """Appends one JSON line per compared window."""
+
+    def __init__(self, path: Path | None, reranker: Reranker, stack: ExitStack) -> None:
+        self._facts = {"method": reranker.name, "model": reranker.model.info.name}
+        self._file = None
+        if path is not None:
+            try:
+                file = path.open("a", encoding="utf-8", newline="\n")
+            except OSError as error:
+                raise MissingFile(f"{path}: cannot be written: {error.strerror}") from None
+            self._file = stack.enter_context(file)
+        self.add = None if self._file is None else self._add
+
+    def _add(self, request: Request, call: WindowCall) -> None:
+        docids = [c.docid for c in request.candidates]
+        line = {
+            "qid": request.qid,
+            **self._facts,
+            **asdict(call),
+            "docids": [docids[i] for i in call.order],
+        }
+        assert self._file is not None
+        self._file.write(common.to_json(line) + "\n")
+        self._file.flush()

@@ -6,6 +6,7 @@ Weights come as GGUF or safetensors only; code and pickles in a repository are n
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import InvalidInput, MissingDependency, MissingFile, UsageError
+from .errors import InvalidInput, MissingDependency, MissingFile, SteersmanError, UsageError
 
 DEFAULT_QUANT = "Q4_K_M"
 # Tried in this order where a repository has no Q4_K_M and none was asked for.
@@ -82,41 +83,44 @@ def choose_gguf(repo: str, files: Sequence[str], quant: str | None) -> str | Non
 
 
 def fetch(repo: str, quant: str | None, *, offline: bool) -> tuple[Literal["gguf", "hf"], Path]:
-    """Return the files of a hub repository, downloading what the cache does not hold.
+    """Return the files of a hub repository; the hub is asked only for what the cache lacks.
 
     Raises
     ------
     MissingFile
         No such repository, no access, or it is not cached and the hub cannot be asked.
     """
+    name = f"{repo}:{quant}" if quant else repo
+    cached = _cached(repo, quant)
+    if cached is not None:
+        return cached
+    if offline or is_offline():
+        raise MissingFile(
+            f"--model {name}: no such file or folder, not in the hub's cache, "
+            "and the hub is not asked (offline)"
+        )
     try:
         import huggingface_hub as hub
+        from huggingface_hub import errors
     except ImportError:
         raise MissingDependency(
             "huggingface-hub is not installed; run: pip install huggingface-hub"
         ) from None
-    from huggingface_hub import errors
-
-    name = f"{repo}:{quant}" if quant else repo
-    if not (offline or is_offline()):
-        try:
-            return _download(hub, repo, quant)
-        except errors.GatedRepoError:
-            raise MissingFile(
-                f"--model {name}: access must be granted on the hub first; then set HF_TOKEN"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise MissingFile(f"--model {name}: no such file, folder or hub repository") from None
-        except (MissingFile, UsageError, InvalidInput):
-            raise
-        except Exception as error:  # the hub client raises many kinds for one cause
-            reason = f"the hub cannot be reached ({type(error).__name__})"
-    else:
-        reason = "not asking the hub (offline)"
-    cached = _cached(repo, quant)
-    if cached is None:
-        raise MissingFile(f"--model {name}: not in the hub's cache, and {reason}")
-    return cached
+    try:
+        return _download(hub, repo, quant)
+    except errors.GatedRepoError:
+        raise MissingFile(
+            f"--model {name}: access must be granted on the hub first; then set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise MissingFile(f"--model {name}: no such file, folder or hub repository") from None
+    except SteersmanError:
+        raise
+    except Exception as error:  # the hub client raises many kinds for one cause
+        raise MissingFile(
+            f"--model {name}: no such file or folder, not in the hub's cache, "
+            f"and the hub cannot be reached ({type(error).__name__})"
+        ) from None
 
 
 def _download(hub: Any, repo: str, quant: str | None) -> tuple[Literal["gguf", "hf"], Path]:
@@ -128,7 +132,9 @@ def _download(hub: Any, repo: str, quant: str | None) -> tuple[Literal["gguf", "
             kwargs.pop("name", None)  # the hub's own addition
             super().__init__(*args, **kwargs)
 
-    files = hub.HfApi().list_repo_files(repo)
+    # model_info asks once; listing the files would try five times when there is no network.
+    siblings = hub.HfApi().model_info(repo, timeout=10).siblings or []
+    files = [sibling.rfilename for sibling in siblings]
     chosen = choose_gguf(repo, files, quant)
     if chosen is not None:
         return "gguf", Path(hub.hf_hub_download(repo, chosen, tqdm_class=Bar))
@@ -165,9 +171,22 @@ def _cached(repo: str, quant: str | None) -> tuple[Literal["gguf", "hf"], Path] 
         chosen = choose_gguf(repo, files, quant)
         if chosen is not None:
             return "gguf", snapshot / chosen
-        if not quant and "config.json" in files and any(f.endswith(".safetensors") for f in files):
+        if not quant and _is_whole(snapshot, files):
             return "hf", snapshot
     return None
+
+
+def _is_whole(snapshot: Path, files: Sequence[str]) -> bool:
+    """Whether a cached safetensors snapshot holds every file that its index names."""
+    if "config.json" not in files or "tokenizer.json" not in files:
+        return False
+    if "model.safetensors.index.json" not in files:
+        return any(file.endswith(".safetensors") for file in files)
+    try:
+        index = json.loads((snapshot / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return set(index["weight_map"].values()) <= set(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def cached_models() -> Iterator[tuple[str, Path, int]]:

@@ -219,20 +219,25 @@ def run_rerank(
     history = _History(args.invocations_history_file, reranker, stack)
     tally = _Tally()
     results: list[Any] = []
-    with output.progress(_count(args), label="rerank", unit="query") as bar:
-        found = requests(args, problems, stack, held)
-        for outcome in run_job(
-            reranker, found, log=log, top_k=args.top_k_rerank, on_call=history.add
-        ):
-            bar.update()
-            tally.add(outcome)
-            if outcome.error is not None:
-                problems.query(outcome)
-            elif log is None and outcome.record is not None:
-                if envelope.json:
-                    results.append(outcome.record)
-                else:
-                    output.print_json(common.to_json(outcome.record))
+    try:
+        with output.progress(_count(args), label="rerank", unit="query") as bar:
+            found = requests(args, problems, stack, held)
+            for outcome in run_job(
+                reranker, found, log=log, top_k=args.top_k_rerank, on_call=history.add
+            ):
+                bar.update()
+                tally.add(outcome)
+                if outcome.error is not None:
+                    problems.query(outcome)
+                elif log is None and outcome.record is not None:
+                    if envelope.json:
+                        results.append(outcome.record)
+                    else:
+                        output.print_json(common.to_json(outcome.record))
+    except KeyboardInterrupt:
+        if log is not None:
+            output.note(f"{len(log.done)} queries are in {log.path}; go on with --resume")
+        raise
     if log is not None:
         _finish(args, log, problems)
     elif envelope.json:

@@ -1,8 +1,8 @@
 """Array namespaces: one way to write array code for numpy, array-api-strict, torch and mlx.
 
-``array_namespace(x)`` returns a namespace with the array-API functions plus the few extras listed
-in :class:`Namespace`. numpy and array-api-strict are used as they are, torch through
-array-api-compat, and mlx through a thin shim over ``mlx.core`` (its gaps are listed in the class).
+``array_namespace(x)`` returns a namespace with the array-API functions. array-api-strict is used as
+it is, numpy and torch through array-api-compat (numpy's own sorts take no ``descending``), and mlx
+through a thin shim over ``mlx.core`` (what it adds and lacks is listed in the class).
 Nothing here imports a framework: the namespace is found from the array.
 
 Rules for array code in core:
@@ -21,18 +21,26 @@ from types import ModuleType
 from typing import Any
 
 import array_api_compat
+import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
 Array = Any
 
 
+# Functions that take ``device=`` in the standard; mlx arrays have no device.
+_PLACED = frozenset(
+    {"empty", "empty_like", "eye", "full_like", "linspace", "ones_like", "zeros_like"}
+)
+
+
 class _MLXNamespace:
     """``mlx.core`` with the array-API spellings that steersman's array code uses.
 
     Index results are cast to int32 (mlx gives uint32, where ``argmax - 5`` wraps around); sorts
-    take ``descending``; ``astype`` takes ``copy``. Boolean-mask reading, ``nonzero`` and
-    ``unique_*`` stay absent: their shapes depend on data.
+    take ``descending``; ``astype`` takes ``copy``, ``sum`` ``dtype``, ``cumulative_sum``
+    ``include_initial``, ``var`` and ``std`` ``correction``, and creation ``device``. Boolean-mask
+    reading, ``nonzero`` and ``unique_*`` stay absent: their shapes depend on data.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -41,7 +49,14 @@ class _MLXNamespace:
         self.__name__ = "steersman.mlx"
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._mx, name)
+        function = getattr(self._mx, name)
+        if name not in _PLACED:
+            return function
+
+        def place_here(*args: Any, device: Any = None, **kwargs: Any) -> Array:
+            return function(*args, **kwargs)
+
+        return place_here
 
     def argmax(self, x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
         return self._mx.argmax(x, axis=axis, keepdims=keepdims).astype(self._mx.int32)
@@ -52,14 +67,23 @@ class _MLXNamespace:
     def argsort(
         self, x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True
     ) -> Array:
-        # mlx sorts stably, so negating keeps the order of ties.
-        key = -x if descending else x
+        # mlx sorts stably, so turning the values round keeps the order of ties.
+        key = self._turned(x) if descending else x
         return self._mx.argsort(key, axis=axis).astype(self._mx.int32)
 
     def sort(
         self, x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True
     ) -> Array:
-        return -self._mx.sort(-x, axis=axis) if descending else self._mx.sort(x, axis=axis)
+        if not descending:
+            return self._mx.sort(x, axis=axis)
+        return self._turned(self._mx.sort(self._turned(x), axis=axis))
+
+    def _turned(self, x: Array) -> Array:
+        """Return values that sort the other way round; twice gives ``x`` again."""
+        if x.dtype == self._mx.bool_:
+            return self._mx.logical_not(x)
+        # -x - 1 where -x would overflow (the least integer) or wrap round (unsigned zero).
+        return -x if self._mx.issubdtype(x.dtype, self._mx.floating) else ~x
 
     def searchsorted(self, x1: Array, x2: Array, /, *, side: str = "left") -> Array:
         # Counting is exact for any batch shape and needs no per-row loop.
@@ -68,13 +92,28 @@ class _MLXNamespace:
             compare = x1[..., None, :] <= x2[..., :, None]
         return self._mx.sum(compare.astype(self._mx.int32), axis=-1)
 
-    def astype(self, x: Array, dtype: Any, /, *, copy: bool = True) -> Array:
+    def astype(self, x: Array, dtype: Any, /, *, copy: bool = True, device: Any = None) -> Array:
         return x.astype(dtype)
+
+    def sum(
+        self, x: Array, /, *, axis: Any = None, dtype: Any = None, keepdims: bool = False
+    ) -> Array:
+        return self._mx.sum(x if dtype is None else x.astype(dtype), axis=axis, keepdims=keepdims)
+
+    def var(
+        self, x: Array, /, *, axis: Any = None, correction: float = 0, keepdims: bool = False
+    ) -> Array:
+        return self._mx.var(x, axis=axis, ddof=int(correction), keepdims=keepdims)
+
+    def std(
+        self, x: Array, /, *, axis: Any = None, correction: float = 0, keepdims: bool = False
+    ) -> Array:
+        return self._mx.std(x, axis=axis, ddof=int(correction), keepdims=keepdims)
 
     def asarray(
         self, obj: Any, /, *, dtype: Any = None, device: Any = None, copy: bool | None = None
     ) -> Array:
-        array = self._mx.array(obj) if not isinstance(obj, self._mx.array) else obj
+        array = obj if isinstance(obj, self._mx.array) and not copy else self._mx.array(obj)
         return array if dtype is None else array.astype(dtype)
 
     def zeros(self, shape: Any, *, dtype: Any = None, device: Any = None) -> Array:
@@ -103,18 +142,25 @@ class _MLXNamespace:
     def permute_dims(self, x: Array, /, axes: tuple[int, ...]) -> Array:
         return self._mx.transpose(x, axes)
 
-    def cumulative_sum(self, x: Array, /, *, axis: int | None = None, dtype: Any = None) -> Array:
-        x = x if dtype is None else x.astype(dtype)
-        return self._mx.cumsum(x, axis=-1 if axis is None else axis)
+    def cumulative_sum(
+        self,
+        x: Array,
+        /,
+        *,
+        axis: int | None = None,
+        dtype: Any = None,
+        include_initial: bool = False,
+    ) -> Array:
+        axis = -1 if axis is None else axis
+        total = self._mx.cumsum(x if dtype is None else x.astype(dtype), axis=axis)
+        if not include_initial:
+            return total
+        shape = list(total.shape)
+        shape[axis] = 1
+        return self._mx.concatenate([self._mx.zeros(shape, dtype=total.dtype), total], axis=axis)
 
-    def isdtype(self, dtype: Any, kind: Any) -> bool:
-        kinds = {
-            "bool": self._mx.bool_,
-            "real floating": self._mx.floating,
-            "integral": self._mx.integer,
-            "signed integer": self._mx.signedinteger,
-        }
-        return bool(self._mx.issubdtype(dtype, kinds.get(kind, kind)))
+    def clip(self, x: Array, /, min: Any = None, max: Any = None) -> Array:
+        return self._mx.clip(x, min, max)
 
 
 @lru_cache(maxsize=1)
@@ -169,7 +215,7 @@ def array_namespace(*arrays: Array) -> Any:
     """
     first = arrays[0]
     if type(first) is np.ndarray:
-        return np
+        return array_api_compat.numpy
     if is_mlx(first):
         return _mlx_namespace()
     return array_api_compat.array_namespace(*arrays)

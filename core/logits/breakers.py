@@ -22,11 +22,7 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
         return _VOCABULARIES[tokenizer]
     except (KeyError, TypeError):
         pass
-    special = tokenizer.special_ids
-    texts = [
-        b"" if token in special else tokenizer.token_bytes(token)
-        for token in range(tokenizer.vocab_size)
-    ]
+    texts = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
     try:
         _VOCABULARIES[tokenizer] = texts
     except TypeError:  # cannot be referred to weakly: read again next time

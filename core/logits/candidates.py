@@ -142,15 +142,17 @@ def run_row(
             values, ids = top_k(values, stage.k)
             continue
         context = inputs.single(place, stage, row, ordered=ids is not None)
-        if not stage.truncates:
-            values = stage(values[None], context)[0]
-            left = None if ids is None else values > -np.inf
-        else:
+        if stage.truncates:
             left = stage.keep(values[None], context)[0]
             if ids is None:
                 values, ids = narrow(values, left)
                 continue
-        if ids is not None and not left.all():
+        else:
+            values = stage(values[None], context)[0]
+            if ids is None:
+                continue
+            left = values > -np.inf
+        if not left.all():
             values, ids = values[left], ids[left]
     return values, ids
 
@@ -274,7 +276,7 @@ def rows_on_device(
         if stage.truncates:
             values, ids = top_k(x, WIDE)
             alive = xp.sum(xp.astype(x > -xp.inf, xp.float32), axis=-1, keepdims=True)
-    uniforms = None if greedy else inputs.draws(range(rows), DRAW_TOKEN)
+    uniforms = np.zeros(rows) if greedy else inputs.draws(range(rows), DRAW_TOKEN)
     if ids is None:
         if greedy:
             ids = xp.argmax(x, axis=-1, keepdims=True)

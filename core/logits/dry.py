@@ -14,9 +14,10 @@ from ..array import Array, asarray_like
 from ..errors import UsageError
 from ..model import IntArray, Tokenizer
 from ..ops.scatter import put_at, take_at
-from .breakers import Breakers, breaker_tokens
+from .breakers import MAX_TAIL, Breakers, breaker_tokens
 from .stage import Context, Stage, check_integer, check_number, hidden
 
+_CHUNK = 64
 _MAX_LOG = math.log(float(np.finfo(np.float32).max))
 
 
@@ -32,15 +33,15 @@ def since_breaker(tokens: IntArray, breakers: Breakers) -> int:
     n = len(tokens)
     if not breakers:
         return n
-    heads = np.fromiter(breakers, np.int64, len(breakers))
-    for place in np.flatnonzero(np.isin(tokens, heads))[::-1].tolist():
-        longest = -1
-        for tail in breakers[int(tokens[place])]:
-            end = place + 1 + len(tail)
-            if len(tail) > longest and end <= n and tokens[place + 1 : end].tolist() == list(tail):
-                longest = len(tail)
-        if longest >= 0:
-            return n - 1 - place - longest
+    for stop in range(n, 0, -_CHUNK):  # a breaker is rarely far back
+        start = max(stop - _CHUNK, 0)
+        for place, token in zip(range(stop - 1, start - 1, -1), tokens[start:stop].tolist()[::-1]):
+            if token not in breakers:
+                continue
+            rest = tuple(tokens[place + 1 : place + 1 + MAX_TAIL].tolist())
+            fits = [len(tail) for tail in breakers[token] if rest[: len(tail)] == tail]
+            if fits:
+                return n - 1 - place - max(fits)
     return n
 
 

@@ -82,8 +82,8 @@ class Cache:
         self.length = [0] * sequences
         # Where positions lie, per sequence; only kept where attention is read from a shared pool.
         self._track = unified and capture is not None
-        self._places: list[list[int]] = [[] for _ in range(sequences)]
-        self.new_places: list[int] = []
+        self._places: dict[int, list[list[int]]] = {}  # by pool, see Capture.take_places
+        self.new_places: dict[int, list[int]] = {}
         # Targets of copies that the engine carries out at its next call.
         self._pending: set[int] = set()
 
@@ -143,9 +143,10 @@ class Cache:
         self.context.copy_to(fresh)
         self._context, self._cells = fresh, size
         self._pending.clear()
-        if self._track:  # the copy packs the cells in use, in their order
-            used = np.unique([place for places in self._places for place in places])
-            self._places = [np.searchsorted(used, places).tolist() for places in self._places]
+        for pool, table in self._places.items():
+            # The copy packs the cells in use, in their order.
+            used = np.unique([place for places in table for place in places])
+            self._places[pool] = [np.searchsorted(used, places).tolist() for places in table]
         return lost
 
     def enlarge(self) -> None:
@@ -173,7 +174,7 @@ class Cache:
             self.context.remove(seq, -1)
             begin = 0
         self.length[seq] = begin
-        del self._places[seq][begin:]
+        self._forget(seq, begin)
         return done
 
     def clean(self, seq: int, begin: int) -> None:
@@ -182,8 +183,12 @@ class Cache:
             self.context.remove(seq, -1)
             begin = 0
         self.length[seq] = min(self.length[seq], begin)
-        del self._places[seq][begin:]
+        self._forget(seq, begin)
         self._pending.discard(seq)
+
+    def _forget(self, seq: int, begin: int) -> None:
+        for table in self._places.values():
+            del table[seq][begin:]
 
     def copy(self, source: int, target: int) -> None:
         """Make ``target`` the same as ``source``."""
@@ -192,13 +197,21 @@ class Cache:
             return
         self.context.copy(source, target)
         self.length[target] = self.length[source]
-        self._places[target] = list(self._places[source])
+        for table in self._places.values():
+            table[target] = list(table[source])
         if not self._unified:
             self._pending.add(target)
 
-    def places(self, seq: int, begin: int, new: list[int]) -> npt.NDArray[np.int64]:
-        """Return the cells of the first ``begin`` positions of a sequence and of ``new`` ones."""
-        return np.asarray(self._places[seq][:begin] + new, np.int64)
+    def places(self, layer: int, seq: int, begin: int) -> npt.NDArray[np.int64]:
+        """Return the cells of a sequence's first ``begin`` positions and of the newest tokens.
+
+        Only known for a shared pool whose capture tracks cells.
+        """
+        assert self._capture is not None
+        pool = self._capture.pool_of.get(layer, -1)
+        if pool not in self._places:
+            raise BackendError(f"llama.cpp: the cells of layer {layer} are not known")
+        return np.asarray(self._places[pool][seq][:begin] + self.new_places[pool], np.int64)
 
     def step(self, token: int, seq: int) -> FloatArray:
         """Append one token and return a view (1, V) of its logits."""
@@ -226,7 +239,7 @@ class Cache:
             View of the engine's buffer; the next call overwrites it.
         """
         total, begin, first = len(entries), 0, 0
-        self.new_places = []
+        self.new_places = {}
         while begin < total:
             context = self.context
             size = min(context.n_batch, self._causal_limit if entries.causal else total)
@@ -260,17 +273,19 @@ class Cache:
             self.context.set_causal(True)
 
     def _note(self, entries: Entries, part: slice) -> None:
-        new: list[int] = []
-        if self._track and self._capture is not None:
-            new = self._capture.take_places()
-            self.new_places += new
-        if entries.shared is None and entries.seq is not None and not new:
+        if entries.seq is not None:
             ids, counts = np.unique(entries.seq[part], return_counts=True)
             for seq, count in zip(ids.tolist(), counts.tolist()):
                 self.length[seq] += count
+        else:
+            for index in range(part.start, part.stop):
+                for seq in entries.owners(index):
+                    self.length[seq] += 1
+        if not self._track or self._capture is None:
             return
-        for offset, index in enumerate(range(part.start, part.stop)):
-            for seq in entries.owners(index):
-                self.length[seq] += 1
-                if new:
-                    self._places[seq].append(new[offset])
+        for pool, new in self._capture.take_places().items():
+            self.new_places.setdefault(pool, []).extend(new)
+            table = self._places.setdefault(pool, [[] for _ in self.length])
+            for place, index in zip(new, range(part.start, part.stop)):
+                for seq in entries.owners(index):
+                    table[seq].append(place)

@@ -49,7 +49,10 @@ class Capture:
         self._attention: frozenset[int] = frozenset()
         self.hidden: dict[int, list[FloatArray]] = {}
         self.weights: dict[int, list[FloatArray]] = {}
-        self._places: list[int] = []
+        self._places: dict[int, list[int]] = {}
+        self._pools: dict[int, int] = {}  # address of a list of cells -> its first layer
+        self._newest = -1
+        self.pool_of: dict[int, int] = {}
         self.error: BaseException | None = None
         self.function = llama.ggml_backend_sched_eval_callback(self._call)
 
@@ -59,12 +62,16 @@ class Capture:
         self._attention = frozenset(attentions)
         self.hidden = {i: [] for i in self._names.values()}
         self.weights = {i: [] for i in attentions}
-        self._places = []
+        self._places = {}
         self.error = None
 
-    def take_places(self) -> list[int]:
-        """Return the cells of the tokens computed since this was last asked, and forget them."""
-        places, self._places = self._places, []
+    def take_places(self) -> dict[int, list[int]]:
+        """Return the cells of the tokens computed since this was last asked, and forget them.
+
+        Layers with a sliding window have a pool of cells apart from the others; a pool goes by the
+        number of its first layer, and ``pool_of`` gives the pool of each layer.
+        """
+        places, self._places = self._places, {}
         return places
 
     def end(self) -> None:
@@ -90,9 +97,20 @@ class Capture:
             return _layer(node) in self._attention
         if self._names and node.name in self._names:
             return True
-        if self._track and node.op == self._set_rows and node.name.startswith(b"cache_k_l0 "):
-            self._places += _read(node.src[1]).reshape(-1).tolist()
+        if self._track and node.op == self._set_rows:
+            match = _CACHE_LAYER.match(node.name)
+            if match:
+                self._note_places(int(match[1]), node.src[1])
         return False
+
+    def _note_places(self, layer: int, cells: int) -> None:
+        if layer <= self._newest:  # a new graph: addresses may mean something else now
+            self._pools = {}
+        self._newest = layer
+        pool = self._pools.setdefault(cells, layer)
+        self.pool_of[layer] = pool
+        if pool == layer:
+            self._places.setdefault(pool, []).extend(_read(cells).reshape(-1).tolist())
 
     def _take(self, address: int) -> bool:
         node = lib.Tensor.from_address(address)

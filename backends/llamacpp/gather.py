@@ -123,15 +123,13 @@ class Gather:
         assert entries.rows is not None
         plan, i = self._plan, int(entries.rows[0])
         end = int(plan.end[i])
-        places: Any = slice(0, end)
-        if self._cache.shared:
-            places = self._cache.places(
-                self._rows[i].seq, int(plan.start[i]), self._cache.new_places
-            )
-            if len(places) != end:
-                raise BackendError(f"llama.cpp: {len(places)} cells for {end} positions")
         for layer in plan.attentions:
             at = 0
+            places: Any = slice(0, end)  # a row with a stream of its own lies in order
+            if self._cache.shared:
+                places = self._cache.places(layer, self._rows[i].seq, int(plan.start[i]))
+                if len(places) != end:
+                    raise BackendError(f"llama.cpp: {len(places)} cells for {end} positions")
             for piece in capture.weights[layer]:
                 heads, n, cells = piece.shape
                 if layer not in self._attention:

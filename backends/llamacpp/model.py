@@ -107,7 +107,6 @@ class LlamaModel(Model):
         self.setting = setting
         self.prefill_chunk = setting.prefill_chunk
         self.tokenizer = LlamaTokenizer(handle)
-        self.windowed = llama.llama_model_n_swa(pointer) > 0
         self.takes_embeddings = llama.llama_model_rope_type(pointer) not in _SECTIONED_ROPE
         self._recurrent = bool(
             llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer)

@@ -79,7 +79,7 @@ def probe(model: LlamaModel) -> Facts:
 def _is_invariant(model: LlamaModel, tokens: IntArray) -> bool:
     with model.session(context=_POSITIONS) as session:
         ask = Forward(keep=0, tokens=tokens, logits="all")
-        whole = session.forward(ask).logits
+        whole: Any = session.forward(ask).logits
         for size in _CHUNKS:
             for begin in range(0, _POSITIONS, size):
                 part = tokens[:, begin : begin + size]

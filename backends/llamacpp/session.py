@@ -38,12 +38,6 @@ class LlamaSession(Session):
         if max_rows > MAX_ROWS:
             raise UsageError(f"session: {max_rows} rows, llama.cpp holds at most {MAX_ROWS}")
         tree = Capability.TREE in needs
-        if tree and Capability.ATTENTIONS in needs and model.windowed:
-            # Window layers have a pool of their own, with cells of their own.
-            raise UsageError(
-                "session: TREE and ATTENTIONS cannot be combined on llama.cpp for a model with "
-                "sliding-window layers; open one session for each"
-            )
         self._engine = model
         self._capture = None
         if needs & (Capability.HIDDEN | Capability.ATTENTIONS):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,13 @@ def with_chain(strategy: Any, stages: tuple[Any, ...]) -> Any:
 
 def build(cls: type[Any], values: Mapping[str, Any]) -> Any:
     """Build a stage or strategy from checked values; Mismatch when it refuses a value."""
+    needed = [
+        f.name
+        for f in fields(cls)
+        if f.init and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing := [name for name in needed if name not in values]:
+        raise Mismatch(f"needs {', '.join(missing)}")
     try:
         return cls(**values)
     except SteersmanError as exc:

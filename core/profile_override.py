@@ -13,10 +13,7 @@ from .profile import GENERATION, Profile, build, check_generation, has_chain, wi
 # Where a stage goes that an override adds to a chain: llama.cpp's default order.
 STAGE_ORDER = (
     "logit_bias",
-    "repetition_penalty",
     "penalties",
-    "presence_penalty",
-    "frequency_penalty",
     "dry",
     "top_n_sigma",
     "top_k",
@@ -24,6 +21,7 @@ STAGE_ORDER = (
     "top_p",
     "min_p",
     "xtc",
+    "processor",
     "temperature",
     "mirostat",
 )

@@ -27,6 +27,7 @@ from click.core import ParameterSource
 from steersman.core.errors import InvalidInput, MissingFile, UsageError
 
 from . import output
+from .envelope import PARTIAL as PARTIAL
 from .envelope import Envelope as Envelope
 from .envelope import Problem as Problem
 from .envelope import problem as problem

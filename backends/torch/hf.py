@@ -175,13 +175,18 @@ def load_module(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
             )
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise InvalidInput(f"{folder}: transformers cannot open it ({first})") from error
-    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if missing:
-        raise InvalidInput(f"{folder}: tensor {missing[0]!r} is missing or has another shape")
+    for name in sorted(report["missing_keys"]):
+        raise InvalidInput(f"{folder}: tensor {name!r} is missing")
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InvalidInput(
+            f"{folder}: tensor {name!r} has shape {tuple(stored)}, config.json asks for "
+            f"{tuple(wanted)}"
+        )
     kinds = set(getattr(module.config.get_text_config(), "layer_types", None) or ())
     if kinds - _KNOWN_LAYERS:
         raise UsageError(

@@ -15,6 +15,7 @@ from steersman.core.errors import MissingDependency, UsageError, did_you_mean
 from steersman.core.locate import ModelSource
 from steersman.core.model import Forward, ModelInfo, Tokenizer
 
+from ..files.convert import as_hf_folder
 from ..files.tokenizer import open_tokenizer, read_json
 from .build import build_native
 from .config import Keys, architecture, read_config, why_not_native
@@ -43,9 +44,10 @@ def open_model(
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     _check_dtype(dtype, place, source)
-    folder = _folder(source)
+    folder = as_hf_folder(source)
     file = folder / "config.json"
     values = read_json(file)
+    architecture(file, values)  # so that a missing name is told as such
     reason = why_not_native(values)
     stored = dtype == "q4" or (dtype == "float16" and place.type == "cpu")
     if reason is not None and (path == "native" or stored):
@@ -126,14 +128,6 @@ def _check_dtype(dtype: str, place: torch.device, source: ModelSource) -> None:
         raise MissingDependency(
             "--dtype float16: this torch build has no FBGEMM; use float32 or bfloat16"
         )
-
-
-def _folder(source: ModelSource) -> Path:
-    if source.kind == "hf":
-        return source.path
-    from ..files.convert import as_hf_folder
-
-    return as_hf_folder(source)
 
 
 def _info(

@@ -160,7 +160,13 @@ class HFTokenizer:
         return self._template
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids of ``text`` without BOS; see the protocol."""
+        """Return the ids of ``text`` without BOS; see the protocol.
+
+        Raises
+        ------
+        InvalidInput
+            The text holds a lone surrogate, which has no UTF-8 form.
+        """
         if not special:
             return self._plain(text)
         ids: list[int] = []
@@ -178,9 +184,13 @@ class HFTokenizer:
             return []
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
-            # A lone surrogate has no UTF-8 form; the replacement character stands for it.
-            return self._plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except (TypeError, UnicodeEncodeError):  # which of the two depends on the library's version
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if at is None:
+                raise
+            raise InvalidInput(
+                f"text: lone surrogate {text[at]!a} at character {at}; it has no UTF-8 form"
+            ) from None
         if self._special.isdisjoint(ids):
             return ids
         # A vocabulary whose merges spell a control token: cut such a token into its characters.

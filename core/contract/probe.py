@@ -59,7 +59,7 @@ class Probe:
     text : str
         Real text; where the tokenizer has no ids for it, fixed random ids stand in.
     length : int
-        Tokens of the longest probe; the others take 32 of them.
+        Tokens of the longest probe; the others take a dozen of them.
     """
 
     def __init__(self, model: Model, text: str, length: int) -> None:
@@ -80,7 +80,7 @@ class Probe:
         self.tokens: list[int] = [int(t) for t in tokens[: self.length]]
         # Tokens that do not continue the text: wrong drafts, other branches.
         self.other: list[int] = [int(i) for i in rng.choice(plain, 32)]
-        self.short = self.tokens[: min(20, self.length)]
+        self.short = self.tokens[:12]
         everything = Capability.ALL_LOGITS in model.capabilities
         self.want: Literal["last", "all"] = "all" if everything else "last"
         self._fresh: dict[Any, Floats] = {}

@@ -137,11 +137,13 @@ class Meter:
             return
         size = got.shape[-1]
         for a, b in zip(got.reshape(-1, size), want.reshape(-1, size)):
-            self._note(float(np.abs(a - b).max()), where)
-            divergence = float(kl_divergence(b.astype(np.float64), a.astype(np.float64)))
-            self._kl_sum += max(divergence, 0.0)
-            self._kl_max = max(self._kl_max, divergence)
+            gap = float(np.abs(a - b).max())
+            self._note(gap, where)
             self._count += 1
+            if gap > (self.bound.logit or 0.0):  # else it is not asked for, and costs time
+                divergence = float(kl_divergence(b.astype(np.float64), a.astype(np.float64)))
+                self._kl_sum += max(divergence, 0.0)
+                self._kl_max = max(self._kl_max, divergence)
 
     def relative(self, got: Floats, want: Floats, where: str) -> None:
         """Compare vectors (..., D) by the norm of their difference."""
@@ -181,8 +183,9 @@ class Meter:
             assert self.bound.logit is not None
             value, bound, name = self._worst, self.bound.logit, "max |Δlogit|"
             if self._worst > 0:
-                mean = self._kl_sum / max(self._count, 1)
-                notes.append(f"worst at {self._where}; mean KL {mean:.3g} nats")
+                notes.append(f"worst at {self._where}")
+            if self._worst > bound:
+                notes.append(f"mean KL {self._kl_sum / max(self._count, 1):.3g} nats")
         else:
             value, bound = self._worst, getattr(self.bound, self.measure)
             name = "relative error" if self.measure == "relative" else "max |Δ|"

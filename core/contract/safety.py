@@ -119,12 +119,12 @@ def _one_session(probe: Probe, meter: Meter) -> None:
 
 
 def _two_sessions(probe: Probe, meter: Meter) -> None:
-    streams = [probe.tokens[:24], probe.other[:24]]
+    streams, prompt, end = [probe.tokens, probe.other], 12, 18
 
     def run(tokens: list[int]) -> Floats:
         with probe.open() as session:
-            parts = [probe.feed(session, 0, [tokens[:16]])[0]]
-            parts += [probe.feed(session, i, [tokens[i : i + 1]])[0] for i in range(16, 24)]
+            parts = [probe.feed(session, 0, [tokens[:prompt]])[0]]
+            parts += [probe.feed(session, i, [tokens[i : i + 1]])[0] for i in range(prompt, end)]
         return np.concatenate(parts)
 
     serial = [run(tokens) for tokens in streams]

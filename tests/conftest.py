@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steersman.core.backend import missing_modules
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Parallel work on a small machine: spinning worker threads of an engine starve each other.
 os.environ.setdefault("STEERSMAN_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if not missing_modules("mlx"):
+    # Before any test imports mlx.core: on Linux mlx's own BLAS is an order of magnitude slower.
+    from steersman.backends.mlx import blas
+
+    blas.prepare()
 
 
 class Library:

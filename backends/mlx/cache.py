@@ -14,7 +14,6 @@ table at all: the offset is one integer, the mask is None or causal, exactly as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -269,9 +268,7 @@ class SlotCache:
         return self._plan
 
     def _stays_dense(self, plan: Plan) -> bool:
-        return (
-            self.ok is None and plan.parents is None and bool((plan.counts == plan.width).all())
-        )
+        return self.ok is None and plan.parents is None and bool((plan.counts == plan.width).all())
 
     def _lost(self, have: int) -> BackendError:
         return BackendError(

@@ -113,9 +113,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InvalidInput(
-            f"{where}: model_type {name!r} is not supported on mlx{did_you_mean(str(name), FAMILIES)}"
-        )
+        hint = did_you_mean(str(name), FAMILIES)
+        raise InvalidInput(f"{where}: model_type {name!r} is not supported on mlx{hint}")
     family = FAMILIES[name]
     for key, accepted in family.required.items():
         if config.get(key) not in accepted:

@@ -22,13 +22,14 @@ class _LazyPackage(ModuleType):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         with _lock:
             if type(self) is _LazyPackage:
-                self.__class__ = ModuleType  # first: __init__ imports its own submodules
+                # First, because __init__ imports its own submodules.
+                self.__class__ = ModuleType  # type: ignore[assignment]
                 spec = self.__spec__
                 assert spec is not None and spec.loader is not None
                 try:
                     spec.loader.exec_module(self)
                 except BaseException:
-                    self.__class__ = _LazyPackage
+                    self.__class__ = _LazyPackage  # type: ignore[assignment]
                     raise
         return getattr(self, name)
 
@@ -42,8 +43,10 @@ def import_mlx_lm(name: str) -> ModuleType:
         if "mlx_lm" not in sys.modules:
             spec = importlib.util.find_spec("mlx_lm")
             if spec is None:
-                raise MissingDependency('mlx-lm is not installed; run: pip install "steersman[mlx]"')
+                raise MissingDependency(
+                    'mlx-lm is not installed; run: pip install "steersman[mlx]"'
+                )
             package = importlib.util.module_from_spec(spec)
-            package.__class__ = _LazyPackage
+            package.__class__ = _LazyPackage  # type: ignore[assignment]
             sys.modules["mlx_lm"] = package
         return importlib.import_module(f"mlx_lm.{name}")

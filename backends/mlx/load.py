@@ -79,15 +79,13 @@ def open_model(
         context=context or trained,
         trained_context=trained,
         # Matrix products of other shapes round differently: cutting a prompt otherwise, or other
-        # rows beside it, moves logits by about 5e-5 (measured; a test keeps watch).
+        # rows beside it, moves logits by about 5e-5 (measured).
         batch_invariant=False,
         threads=used_threads,
         fingerprint=_fingerprint(source.path),
         extra={"blas": BLAS.name} if where == mx.cpu else {},
     )
-    return MLXModel(
-        net, info=info, tokenizer=opened.tokenizer, device=where, compute_dtype=compute
-    )
+    return MLXModel(net, info=info, tokenizer=opened.tokenizer, device=where, compute_dtype=compute)
 
 
 def _device(name: str) -> mx.Device:

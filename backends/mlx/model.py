@@ -17,6 +17,10 @@ from steersman.core.errors import UsageError
 from steersman.core.model import Capability, IntArray, Model, ModelInfo, Tokenizer
 
 from .session import MLXSession, check_process
+from .taps import embedded
+
+
+Array = Any  # mx.array
 
 
 class MLXModel(Model):
@@ -75,11 +79,11 @@ class MLXModel(Model):
         self.check_usable()
         return self._net
 
-    def inner(self, ids: mx.array, layers: list[Any]) -> mx.array:
+    def inner(self, ids: mx.array, layers: list[Any]) -> Array:
         """Run all layers and the final norm: ids (B, n) to (B, n, D), lazy."""
         return self.net.model(ids, layers)
 
-    def project(self, normed: mx.array) -> mx.array:
+    def project(self, normed: mx.array) -> Array:
         """Apply the output projection to normed states (..., D): float32 logits, lazy."""
         net = self.net
         head = net.lm_head if "lm_head" in net else net.model.embed_tokens.as_linear
@@ -88,15 +92,13 @@ class MLXModel(Model):
             logits = logits / net.logits_scaling
         return logits.astype(mx.float32)
 
-    def array(self, values: Any, what: str) -> mx.array:
+    def array(self, values: Any, what: str) -> Array:
         """Return ``values``, an array of any library, as an mlx array of (..., D) floats."""
         array = values if isinstance(values, mx.array) else mx.array(to_numpy(values))
         if not mx.issubdtype(array.dtype, mx.floating):
             raise UsageError(f"{what}: expected floating-point numbers, got {array.dtype}")
         if array.ndim < 1 or array.shape[-1] != self.info.width:
-            raise UsageError(
-                f"{what}: expected (..., {self.info.width}), got {tuple(array.shape)}"
-            )
+            raise UsageError(f"{what}: expected (..., {self.info.width}), got {tuple(array.shape)}")
         return array
 
     # -- the contract ------------------------------------------------------------------------
@@ -116,51 +118,48 @@ class MLXModel(Model):
             self, max_rows=max_rows, needs=needs, context=context or self.info.context
         )
 
-    def embed(self, tokens: IntArray | Sequence[int]) -> mx.array:
-        """Return input embeddings (..., D), float32: the table's own rows.
+    def embed(self, tokens: IntArray | Sequence[int]) -> Array:
+        """Return what the first layer gets for these ids (..., D), float32.
 
-        Gemma's factor of √D is applied inside the model, to ``Forward.embeds`` as well.
+        With the factors that Gemma and Granite put on their embeddings, so that hidden state 0 is
+        the same thing.
         """
         ids = np.asarray(tokens)
         if ids.size and ids.dtype.kind not in "iu":
             raise UsageError(f"embed: token ids must be integers, got {ids.dtype}")
         if ids.size and (ids.min() < 0 or ids.max() >= self.info.vocab_size):
             raise UsageError(f"embed: token ids outside 0..{self.info.vocab_size - 1}")
+        net = self.net
+        if not ids.size:
+            return mx.zeros((*ids.shape, self.info.width))
         with self.scope():
-            rows = self.net.model.embed_tokens(mx.array(ids.astype(np.int32)))
-            return _evaluated(rows.astype(mx.float32))
+            rows = embedded(net, mx.array(ids.reshape(1, -1).astype(np.int32)))
+            return _evaluated(rows.astype(mx.float32).reshape(*ids.shape, -1))
 
     @property
-    def embedding(self) -> mx.array:
+    def embedding(self) -> Array:
         """The whole embedding matrix (V, D), float32; computed once where it is not stored so."""
         with self._embedding_lock:
             if self._embedding is None:
-                table = self.net.model.embed_tokens
+                whole = self.embed(np.arange(self.info.vocab_size))
+                stored = self.net.model.embed_tokens.weight
+                same = stored.shape == whole.shape and stored.dtype == whole.dtype
                 with self.scope():
-                    if isinstance(table, nn.QuantizedEmbedding):
-                        whole = mx.dequantize(
-                            table.weight,
-                            table.scales,
-                            table.biases,
-                            group_size=table.group_size,
-                            bits=table.bits,
-                        )
-                    else:
-                        whole = table.weight
-                    self._embedding = _evaluated(whole.astype(mx.float32))
+                    same = same and bool(mx.array_equal(stored, whole).item())
+                self._embedding = stored if same else whole
             return self._embedding
 
-    def norm(self, hidden: Any) -> mx.array:
+    def norm(self, hidden: Any) -> Array:
         """Apply the final norm to hidden states (..., D), float32."""
         with self.scope():
             return _evaluated(self._norm(hidden).astype(mx.float32))
 
-    def head(self, hidden: Any) -> mx.array:
+    def head(self, hidden: Any) -> Array:
         """Apply the final norm and the projection: (..., D) to float32 logits (..., V)."""
         with self.scope():
             return _evaluated(self.project(self._norm(hidden)))
 
-    def _norm(self, hidden: Any) -> mx.array:
+    def _norm(self, hidden: Any) -> Array:
         states = self.array(hidden, "head").astype(self.compute_dtype)
         return self.net.model.norm(states)
 
@@ -171,7 +170,7 @@ class MLXModel(Model):
         mx.clear_cache()
 
 
-def _evaluated(array: mx.array) -> mx.array:
+def _evaluated(array: mx.array) -> Array:
     """Compute now: a lazy array could not be used from another thread."""
     mx.eval(array)
     return array

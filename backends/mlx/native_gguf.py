@@ -8,6 +8,7 @@ does to the values come from the same plan as the conversion.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -38,7 +39,7 @@ def tensors(header: GGUFHeader, plan: ModelPlan) -> dict[str, mx.array]:
         mlx cannot read the file after all.
     """
     try:
-        loaded = mx.load(str(header.path), format="gguf")
+        loaded: Any = mx.load(str(header.path), format="gguf")
     except (RuntimeError, ValueError) as error:
         raise InvalidInput(f"{header.path}: not a usable GGUF file ({error})") from None
     out: dict[str, mx.array] = {}

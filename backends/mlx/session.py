@@ -27,9 +27,7 @@ class MLXSession(Session):
 
     model: MLXModel
 
-    def __init__(
-        self, model: MLXModel, *, max_rows: int, needs: Capability, context: int
-    ) -> None:
+    def __init__(self, model: MLXModel, *, max_rows: int, needs: Capability, context: int) -> None:
         super().__init__(model, max_rows=max_rows, needs=needs, context=context)
         self._cache = SlotCache(model.info.layers)
 
@@ -80,7 +78,11 @@ class MLXSession(Session):
     def _embeds(self, plan: Plan) -> mx.array | None:
         if plan.embeds is None:
             return None
-        return self.model.array(plan.embeds, "forward: embeds").astype(self.model.compute_dtype)
+        embeds = self.model.array(plan.embeds, "forward: embeds").astype(self.model.compute_dtype)
+        if not mx.isfinite(embeds).all().item():
+            # Once cached, even a masked NaN would reach every later token: 0 * NaN is NaN.
+            raise UsageError("forward: embeds hold NaN or infinity")
+        return embeds
 
     def _logits(self, plan: Plan, last: mx.array) -> mx.array | None:
         if plan.logits == "none":
@@ -101,9 +103,7 @@ class MLXSession(Session):
         if order is None:
             return {i: record.attentions[i] for i in plan.attentions}
         index = mx.array(order.astype(np.int32))[:, None, None, :]
-        return {
-            i: mx.take_along_axis(record.attentions[i], index, axis=3) for i in plan.attentions
-        }
+        return {i: mx.take_along_axis(record.attentions[i], index, axis=3) for i in plan.attentions}
 
     def close(self) -> None:
         """Free the cache."""

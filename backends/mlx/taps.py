@@ -19,19 +19,35 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-Array = mx.array
+Array = Any  # mx.array
 
 
 @dataclass
 class Record:
-    """What one forward call puts in and wants out."""
+    """What one forward call puts in and wants out.
+
+    Attributes
+    ----------
+    embeds : array (B, n, D) or None
+        Input of the first layer, instead of the embedded (and, by Gemma, scaled) ids.
+    stop : bool
+        Go no further than to the first layer.
+    """
 
     want_hidden: frozenset[int] = frozenset()
     want_attentions: frozenset[int] = frozenset()
     embeds: Array | None = None
     hidden: dict[int, Array] = field(default_factory=dict)
     attentions: dict[int, Array] = field(default_factory=dict)
+    stop: bool = False
     layer: int = -1
+
+
+class _Reached(Exception):
+    """Carries the first layer's input out of a call that stops there."""
+
+    def __init__(self, x: Array) -> None:
+        self.x = x
 
 
 class _Active(threading.local):
@@ -51,17 +67,26 @@ def recording(record: Record) -> Iterator[Record]:
         _active.record = None
 
 
+def embedded(model: nn.Module, ids: Array) -> Array:
+    """Return what the first layer gets for ``ids`` (B, n): (B, n, D), in the model's own scale."""
+    try:
+        with recording(Record(stop=True)):
+            model.model(ids)
+    except _Reached as reached:
+        return reached.x
+    raise AssertionError("the taps are not installed")
+
+
 def install(model: nn.Module, module: ModuleType) -> None:
     """Prepare a freshly built mlx-lm model and the module that defines its attention.
 
     Parameters
     ----------
     model : nn.Module
-        With ``model.embed_tokens``, ``model.layers`` and ``layer.self_attn.rope``.
+        With ``model.layers`` and ``layer.self_attn.rope``.
     module : module
         Where the attention class looks up ``scaled_dot_product_attention``.
     """
-    _subclass(model.model.embed_tokens, _embedding_call)
     for index, layer in enumerate(model.model.layers):
         _subclass(layer, _layer_call(index))
         _subclass(layer.self_attn.rope, _rope_call)
@@ -77,19 +102,6 @@ def _subclass(target: nn.Module, make_call: Any) -> None:
     target.__class__ = type(base.__name__, (base,), body)
 
 
-def _embedding_call(base: type) -> Any:
-    original = base.__call__
-
-    def __call__(self: Any, inputs: Array) -> Array:
-        record = _active.record
-        if record is not None and record.embeds is not None:
-            # A new object: Gemma scales its embedding in place.
-            return mx.array(record.embeds)
-        return original(self, inputs)
-
-    return __call__
-
-
 def _layer_call(index: int) -> Any:
     def make(base: type) -> Any:
         original = base.__call__
@@ -99,8 +111,13 @@ def _layer_call(index: int) -> Any:
             if record is None:
                 return original(self, x, *args, **kwargs)
             record.layer = index
-            if index == 0 and 0 in record.want_hidden:
-                record.hidden[0] = mx.array(x)
+            if index == 0:
+                if record.stop:
+                    raise _Reached(x)
+                if record.embeds is not None:
+                    x = mx.array(record.embeds)  # a new object: some layers compute in place
+                if 0 in record.want_hidden:
+                    record.hidden[0] = mx.array(x)
             out = original(self, x, *args, **kwargs)
             if index + 1 in record.want_hidden:
                 record.hidden[index + 1] = mx.array(out)

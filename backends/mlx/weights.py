@@ -27,7 +27,8 @@ def load_folder(folder: Path) -> Weights:
     weights: Weights = {}
     for file in (folder / name for name in weight_files(folder)):
         try:
-            weights.update(mx.load(str(file), format="safetensors"))
+            tensors: Any = mx.load(str(file), format="safetensors")
+            weights.update(tensors)
         except (RuntimeError, ValueError) as error:
             raise InvalidInput(f"{file}: not a usable safetensors file ({error})") from None
     return weights

@@ -123,7 +123,9 @@ def _real(header: GGUFHeader, name: str, default: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _decoder(header: GGUFHeader, draft: _Draft, *, norms: Mapping[str, str], **how: Any) -> dict:
+def _decoder(
+    header: GGUFHeader, draft: _Draft, *, norms: Mapping[str, str], **how: Any
+) -> dict[str, Any]:
     """Plan the parts that all supported architectures share; return the common config keys."""
     width = _positive(header, "embedding_length")
     layers = _positive(header, "block_count")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from steersman.core.control_tokens import ControlTokens
 from steersman.core.errors import InvalidInput, MissingDependency, MissingFile, UsageError
 
 from . import gguf_tokenizer
@@ -44,40 +45,6 @@ def _visible_space_bytes(token: str) -> bytes:
     return bytes([int(match[1], 16)]) if match else token.replace(_SPACE, " ").encode()
 
 
-class ControlTokens:
-    """Finds control tokens in a text: the leftmost, and of those the longest.
-
-    Parameters
-    ----------
-    names : mapping of control-token text to id
-    """
-
-    def __init__(self, names: Mapping[str, int]) -> None:
-        self._ids = {name: i for name, i in names.items() if name}
-        self._lengths: dict[str, list[int]] = {}
-        for name in self._ids:
-            self._lengths.setdefault(name[0], []).append(len(name))
-        for first, lengths in self._lengths.items():
-            self._lengths[first] = sorted(set(lengths), reverse=True)
-        starts = "".join(re.escape(first) for first in self._lengths)
-        self._start = re.compile(f"[{starts}]") if starts else None
-
-    def find(self, text: str) -> list[tuple[int, int, int]]:
-        """Return ``(begin, end, id)`` of every control token in ``text``, in order."""
-        found: list[tuple[int, int, int]] = []
-        at = 0
-        while self._start is not None and (match := self._start.search(text, at)):
-            at = match.start()
-            for length in self._lengths[match[0]]:
-                if (token := self._ids.get(text[at : at + length])) is not None:
-                    found.append((at, at + length, token))
-                    at += length
-                    break
-            else:
-                at += 1
-        return found
-
-
 class HFTokenizer:
     """:class:`steersman.core.model.Tokenizer` on a ``tokenizers.Tokenizer``.
 
@@ -91,6 +58,8 @@ class HFTokenizer:
         Width of the logits, at least the number of tokens.
     bos_id, add_bos, eos_ids, chat_template
         See the protocol.
+    eos_id : int, optional
+        The end token that chat templates mean by ``eos_token``.
     control_ids : iterable of int
         Ids of control tokens besides those that the tokenizer marks as special.
     """
@@ -103,6 +72,7 @@ class HFTokenizer:
         bos_id: int | None = None,
         add_bos: bool = False,
         eos_ids: Iterable[int] = (),
+        eos_id: int | None = None,
         chat_template: str | None = None,
         control_ids: Iterable[int] = (),
     ) -> None:
@@ -130,9 +100,12 @@ class HFTokenizer:
         self._names = {self._added[i]: i for i in self._special}
         self._strip = {i: (t.lstrip, t.rstrip) for i, t in added.items() if t.lstrip or t.rstrip}
         self._find = ControlTokens(self._names).find
-        self._to_bytes = _byte_level_bytes if _is_byte_level(tokenizer) else _visible_space_bytes
+        self._to_bytes: Callable[[str], bytes] = (
+            _byte_level_bytes if _is_byte_level(tokenizer) else _visible_space_bytes
+        )
         self._bos_id, self._add_bos = bos_id, add_bos and bos_id is not None
         self._eos_ids = frozenset(eos_ids)
+        self.eos_id = eos_id
         self._template = chat_template
 
     @property
@@ -227,7 +200,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 def _state(part: Any) -> bytes:
     state = part.__getstate__()
-    return bytes(state) if isinstance(state, bytes) else str(state).encode()
+    return state if isinstance(state, bytes) else str(state).encode()
 
 
 def open_tokenizer(source: Path | GGUFHeader) -> HFTokenizer:
@@ -260,6 +233,7 @@ def open_tokenizer(source: Path | GGUFHeader) -> HFTokenizer:
             bos_id=gguf_tokenizer.special_id(source, "bos"),
             add_bos=gguf_tokenizer.adds_bos(source),
             eos_ids=gguf_tokenizer.end_ids(source),
+            eos_id=gguf_tokenizer.special_id(source, "eos"),
             chat_template=source.get("tokenizer.chat_template", str),
         )
     path = source / "tokenizer.json"
@@ -288,6 +262,7 @@ def open_tokenizer(source: Path | GGUFHeader) -> HFTokenizer:
         bos_id=bos,
         add_bos=_adds_bos(tokenizer, config, bos),
         eos_ids=ends,
+        eos_id=end,
         chat_template=_template(source, config),
     )
 

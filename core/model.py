@@ -483,6 +483,9 @@ class Session(ABC):
             or Capability.LAST_LOGITS not in self.model.capabilities
             or not 0 <= tokens[0, 0] < self.model.info.vocab_size
             or not 0 <= keep <= self._tree_base[0]
+            or (
+                0 < keep < self._tree_base[0] and Capability.ROLLBACK not in self.model.capabilities
+            )
             or keep >= self.context
         ):
             return None
@@ -522,8 +525,8 @@ class Session(ABC):
         _in_range("rows", rows, 0, self.batch)
         batch = len(rows)
         identity = batch == self.batch and bool((rows == np.arange(batch)).all())
-        keep = np.asarray(ask.keep, dtype=np.int64)
-        base = np.full(batch, keep) if keep.ndim == 0 else _ints("keep", keep, 1)
+        keep = _ints("keep", ask.keep, 0 if np.ndim(ask.keep) == 0 else 1)
+        base = np.full(batch, keep) if keep.ndim == 0 else keep
         if base.shape != (batch,):
             raise UsageError(f"forward: keep has {base.size} entries for {batch} rows")
         if ((base < 0) | (base > self._tree_base[rows])).any():

@@ -27,8 +27,9 @@ MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = 1 << 16
 MAX_STRING_BYTES = 1 << 24
-MAX_ARRAY_STRINGS = 1 << 22
+MAX_STRINGS = 1 << 22  # in all arrays together
 MAX_ARRAY_BYTES = 1 << 28
+MAX_HEADER_BYTES = 1 << 29
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 
@@ -233,7 +234,8 @@ class _Cursor:
     def __init__(self, path: Path, buffer: mmap.mmap) -> None:
         self.path = path
         self.buffer = buffer
-        self.size = len(buffer)
+        self.size = min(len(buffer), MAX_HEADER_BYTES)
+        self.strings_left = MAX_STRINGS
         self.at = 0
 
     def fail(self, what: str) -> InvalidInput:
@@ -244,7 +246,7 @@ class _Cursor:
 
     def unpack(self, form: struct.Struct) -> Any:
         if form.size > self.size - self.at:
-            raise self.fail(f"the file ends at byte {self.size}, inside the header")
+            raise self.fail(f"its header goes on beyond byte {self.size}")
         (value,) = form.unpack_from(self.buffer, self.at)
         self.at += form.size
         return value
@@ -306,11 +308,12 @@ class _Cursor:
         return values.astype(np.bool_) if kind == _BOOL else values
 
     def strings(self, key: str, count: int) -> list[bytes]:
-        if count > MAX_ARRAY_STRINGS or count * 8 > self.left():
+        if count > self.strings_left or count * 8 > self.left():
             raise self.fail(
-                f"{key}: array of {count} strings (limit {MAX_ARRAY_STRINGS}), "
+                f"{key}: array of {count} strings (limit {self.strings_left}), "
                 f"{self.left()} bytes are left"
             )
+        self.strings_left -= count
         buffer, at = self.buffer, self.at
         end = min(self.size, at + 8 * count + MAX_ARRAY_BYTES)
         unpack, out = _U64.unpack_from, []
@@ -395,7 +398,7 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
         tensors=_place(cursor, tensors, data_offset),
         alignment=alignment,
         data_offset=data_offset,
-        file_size=cursor.size,
+        file_size=len(cursor.buffer),
     )
 
 
@@ -430,10 +433,10 @@ def _place(cursor: _Cursor, tensors: list[TensorInfo], data_offset: int) -> dict
         if info.name in placed:
             raise cursor.fail(f"tensor {info.name!r} stands there twice")
         begin = data_offset + info.offset
-        if begin + info.nbytes > cursor.size:
+        if begin + info.nbytes > len(cursor.buffer):
             raise cursor.fail(
                 f"tensor {info.name!r} ends at byte {begin + info.nbytes}, "
-                f"the file has {cursor.size} (truncated download?)"
+                f"the file has {len(cursor.buffer)} (truncated download?)"
             )
         placed[info.name] = TensorInfo(
             name=info.name, shape=info.shape, type=info.type, offset=begin, nbytes=info.nbytes

@@ -95,7 +95,7 @@ class HFTokenizer:
         self._tokens: list[str] = [""] * max(size, vocab_size or 0)
         for token, i in vocab.items():
             self._tokens[i] = token
-        self._added = {i: token.content for i, token in added.items()}
+        self._added: dict[int, str] = {i: token.content for i, token in added.items()}
         self._special = frozenset(i for i, token in added.items() if token.special)
         self._names = {self._added[i]: i for i in self._special}
         self._strip = {i: (t.lstrip, t.rstrip) for i, t in added.items() if t.lstrip or t.rstrip}

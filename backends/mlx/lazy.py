@@ -29,7 +29,7 @@ class _LazyPackage(ModuleType):
                 try:
                     spec.loader.exec_module(self)
                 except BaseException:
-                    self.__class__ = _LazyPackage  # type: ignore[assignment]
+                    self.__class__ = _LazyPackage
                     raise
         return getattr(self, name)
 
@@ -47,6 +47,6 @@ def import_mlx_lm(name: str) -> ModuleType:
                     'mlx-lm is not installed; run: pip install "steersman[mlx]"'
                 )
             package = importlib.util.module_from_spec(spec)
-            package.__class__ = _LazyPackage  # type: ignore[assignment]
+            package.__class__ = _LazyPackage
             sys.modules["mlx_lm"] = package
         return importlib.import_module(f"mlx_lm.{name}")

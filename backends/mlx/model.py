@@ -19,7 +19,6 @@ from steersman.core.model import Capability, IntArray, Model, ModelInfo, Tokeniz
 from .session import MLXSession, check_process
 from .taps import embedded
 
-
 Array = Any  # mx.array
 
 

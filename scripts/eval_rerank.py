@@ -1,0 +1,371 @@
+"""Measure reranking on TREC DL19, SciFact and Cranfield: first stage against first and generate.
+
+    python scripts/eval_rerank.py --work DIR                      # everything, resumable
+    python scripts/eval_rerank.py --work DIR --sets dl19 --queries 10 --methods first
+
+Run it again with the same ``--work`` to go on after a stop, or with a larger ``--queries`` to
+extend: the queries come in one fixed random order. ``--work`` then holds, per set, the requests,
+the judgements (``qrels.txt``) and one TREC run and one JSON-lines file per method. MS MARCO
+passages, which DL19 is made of, may not be published: keep ``--work`` out of repositories.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import io
+import json
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steersman.core import load
+from steersman.core.decode.rng import Rng
+from steersman.core.rerank import First, Generate, Reranker
+from steersman.core.rerank.evaluate import Measured, bootstrap_interval, compare, evaluate
+from steersman.core.rerank.io import Request, dump_line, open_text, read_requests, with_title
+from steersman.core.rerank.job import (
+    RecordLog,
+    digest_files,
+    job_settings,
+    run_job,
+    shuffle,
+    write_run_from_log,
+)
+from steersman.core.rerank.trec import read_qrels, read_run, read_texts, write_run
+
+Qrels = dict[str, dict[str, int]]
+SHUFFLE_SEED = 1
+
+
+# -- the three sets: (requests, qrels) ---------------------------------------------------------
+
+
+def dl19(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
+    """TREC DL 2019 passages: 43 queries, BM25 hits with their text, graded judgements."""
+    folder = data / "trec_dl"
+    rows = json.loads((folder / "BM25" / "retrieve_results_dl19.json").read_text())
+    found = [
+        _request(
+            str(row["hits"][0]["qid"]),
+            row["query"],
+            [(str(h["docid"]), float(h["score"]), h["content"]) for h in row["hits"][:depth]],
+        )
+        for row in rows
+    ]
+    return found, read_qrels(folder / "qrels.dl19-passage.txt")
+
+
+def scifact(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
+    """SciFact as in BEIR: 300 test claims over 5,183 abstracts; BM25 by bm25s."""
+    folder = data / "scifact"
+    queries = read_texts(folder / "topics.beir-v1.0.0-scifact.test.tsv.gz")
+    corpus: dict[str, str] = {}
+    with zipfile.ZipFile(folder / "scifact.zip") as archive:
+        text = archive.read("corpus_train.csv").decode()
+    for row in csv.DictReader(io.StringIO(text)):
+        # The abstract is printed as an array of quoted sentences without commas.
+        quoted = re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", row["abstract"], re.DOTALL)
+        abstract = " ".join(ast.literal_eval(item) for item in quoted)
+        corpus[row["doc_id"]] = with_title(row["title"], abstract)
+    return _bm25(queries, corpus, depth), read_qrels(folder / "qrels.beir-v1.0.0-scifact.test.txt")
+
+
+def cranfield(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
+    """Cranfield: 225 queries over 1,400 abstracts; BM25 by bm25s.
+
+    Codes 1 (complete answer) to 4 (minimum interest) become gains 4 to 1. Code -1 marks the
+    document a query was made from, or an uncertain one: those judgements are dropped.
+    """
+    folder = data / "cranfield"
+    corpus = {
+        key: with_title(part.get("T", ""), part.get("W", ""))
+        for key, part in _smart(folder / "cran.all.1400")
+    }
+    # The judgements number the queries by their place, not by the numbers in the file.
+    queries = {
+        str(place): part["W"]
+        for place, (_, part) in enumerate(_smart(folder / "cran.qry"), start=1)
+    }
+    qrels: Qrels = {}
+    with open_text(folder / "cranqrel") as file:
+        for line in file:
+            fields = line.split()
+            if len(fields) != 3:
+                continue
+            qid, docid, code = fields[0].decode(), fields[1].decode(), int(fields[2])
+            if code > 0:
+                qrels.setdefault(qid, {})[docid] = 5 - code
+    return _bm25(queries, corpus, depth), qrels
+
+
+SETS = {"dl19": dl19, "scifact": scifact, "cranfield": cranfield}
+
+
+def _smart(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a SMART file: ``.I id``, then fields ``.T``, ``.A``, ``.B``, ``.W``."""
+    key, field, part = "", "", dict[str, list[str]]()
+    for line in [*path.read_text().splitlines(), ".I end"]:
+        if line.startswith(".I "):
+            if key:
+                yield key, {name: " ".join(" ".join(rows).split()) for name, rows in part.items()}
+            key, field, part = line[3:].strip(), "", {}
+        elif re.fullmatch(r"\.[TABW]\s*", line):
+            field = line[1]
+            part.setdefault(field, [])
+        elif field:
+            part[field].append(line)
+
+
+def _request(qid: str, query: str, hits: list[tuple[str, float, str]]) -> dict[str, Any]:
+    rows = [{"docid": docid, "score": score, "doc": text} for docid, score, text in hits]
+    return {"query": {"text": query, "qid": qid}, "candidates": rows}
+
+
+def _bm25(queries: dict[str, str], corpus: dict[str, str], depth: int) -> list[dict[str, Any]]:
+    """Retrieve with bm25s as it comes: Lucene's formula, k1 1.5, b 0.75, English stop words."""
+    import bm25s
+
+    ids = list(corpus)
+    index = bm25s.BM25()
+    quiet = {"show_progress": False}
+    index.index(bm25s.tokenize(list(corpus.values()), stopwords="en", **quiet), **quiet)
+    asked = bm25s.tokenize(list(queries.values()), stopwords="en", **quiet)
+    places, scores = index.retrieve(asked, k=depth, **quiet)
+    return [
+        _request(
+            qid,
+            queries[qid],
+            [(ids[int(p)], float(s), corpus[ids[int(p)]]) for p, s in zip(row, row_scores)],
+        )
+        for qid, row, row_scores in zip(queries, places, scores)
+    ]
+
+
+# -- preparing and running ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to rerank, and whether its candidates are shuffled first."""
+
+    method: First | Generate
+    shuffled: bool = False
+
+
+VARIANTS = {
+    "first": Variant(First()),
+    "first-shuffled": Variant(First(), shuffled=True),
+    "first-calibrated": Variant(First(permutations=4, content_free=True)),
+    "first-calibrated-shuffled": Variant(First(permutations=4, content_free=True), shuffled=True),
+    "generate": Variant(Generate()),
+    "generate-shuffled": Variant(Generate(), shuffled=True),
+}
+
+
+def prepare(name: str, data: Path, folder: Path, depth: int) -> Path:
+    """Write requests and judgements of one set, unless they are there; return the requests."""
+    path = folder / f"requests-{depth}.jsonl"
+    if path.exists() and (folder / "qrels.txt").exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, qrels = SETS[name](data, depth)
+    rows = [row for row in rows if row["query"]["qid"] in qrels]
+    order = np.argsort(Rng(0).uniforms(0, 0, len(rows)), kind="stable")
+    lines = [f"{q} 0 {d} {r}\n" for q, docs in qrels.items() for d, r in docs.items()]
+    (folder / "qrels.txt").write_text("".join(lines))
+    part = path.with_suffix(".part")
+    part.write_text("".join(dump_line(rows[int(i)]) for i in order))
+    part.replace(path)
+    return path
+
+
+def read(path: Path, count: int | None) -> list[Request]:
+    """Return the first ``count`` requests."""
+    with path.open("rb") as file:
+        return list(islice(read_requests(file, str(path)), count))
+
+
+def rerank(model: Any, name: str, path: Path, args: argparse.Namespace) -> Path:
+    """Rerank the chosen queries, going on where an earlier call stopped; return the run."""
+    variant = VARIANTS[name]
+    stem = f"{name}-{args.backend}-w{args.max_words}-k{args.depth}"
+    with Reranker(
+        model,
+        method=variant.method,
+        window=args.window_size,
+        stride=args.stride,
+        max_words=args.max_words,
+    ) as reranker:
+        settings = job_settings(
+            reranker,
+            model.info,
+            input=digest_files([path]),
+            shuffle_seed=SHUFFLE_SEED if variant.shuffled else None,
+        )
+        with RecordLog(path.with_name(f"{stem}.jsonl"), settings, resume=True) as log:
+            requests = read(path, args.queries)
+            shown = [shuffle(r, SHUFFLE_SEED) if variant.shuffled else r for r in requests]
+            for done, outcome in enumerate(run_job(reranker, shown, log=log), start=1):
+                if outcome.error is not None:
+                    print(f"{outcome.request.qid}: {outcome.error}", file=sys.stderr)
+                elif outcome.ranking is not None:
+                    usage = outcome.ranking.usage
+                    print(
+                        f"{path.parent.name} {name} {done}/{len(shown)}: {usage.prompt_tokens} + "
+                        f"{usage.generated_tokens} tokens, {usage.seconds:.1f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            run = path.with_name(f"{stem}.txt")
+            write_run_from_log(log, run, tag=name)
+    return run
+
+
+# -- reporting ---------------------------------------------------------------------------------
+
+
+def as_run(path: Path) -> dict[str, dict[str, float]]:
+    """Return a run as scores by query and document."""
+    return {qid: {h.docid: h.score for h in hits} for qid, hits in read_run(path).items()}
+
+
+def kendall_tau(first: list[str], second: list[str]) -> float:
+    """Return Kendall's tau between two orders of the same documents, 1 for equal ones."""
+    place = {docid: i for i, docid in enumerate(second)}
+    order = np.array([place[docid] for docid in first])
+    n = len(order)
+    if n < 2:
+        return 1.0
+    right = sum(int((order[i + 1 :] > order[i]).sum()) for i in range(n))
+    return 4 * right / (n * (n - 1)) - 1
+
+
+def row(name: str, measured: Measured, base: Measured | None, tau: float | None, cost: str) -> str:
+    """Return one line of the table."""
+    assert measured.interval is not None
+    low, high = measured.interval
+    cells = [name, f"{measured.value:.4f}", f"{low:.4f} to {high:.4f}"]
+    if base is None:
+        cells += ["", ""]
+    else:
+        gap = compare(measured, base)
+        cells += [f"{gap.value:+.4f}", f"{gap.p_value:.4f}"]
+    cells += ["" if tau is None else f"{tau:+.2f}", cost]
+    return "| " + " | ".join(cells) + " |"
+
+
+def report(name: str, path: Path, runs: dict[str, Path], args: argparse.Namespace) -> None:
+    """Print the table of one set over the queries that every run has."""
+    requests = read(path, args.queries)
+    found = {label: as_run(run) for label, run in runs.items()}
+    shared = [r for r in requests if all(r.qid in run for run in found.values())]
+    everything = read_qrels(path.with_name("qrels.txt"))
+    qrels = {r.qid: everything[r.qid] for r in shared}
+    if len(shared) < 2:
+        print(f"\n{name}: too few queries", file=sys.stderr)
+        return
+    first_stage = path.with_name(f"bm25-k{args.depth}.txt")
+    with first_stage.open("w") as file:
+        rows = (
+            (r.qid, [c.docid for c in r.candidates], [c.score or 0.0 for c in r.candidates])
+            for r in requests
+        )
+        write_run(file, rows, tag="bm25")
+    (base,) = evaluate(as_run(first_stage), qrels, (args.measure,))
+    print(f"\n## {name}: {len(shared)} queries, top {args.depth}, {args.max_words} words\n")
+    print(f"| order | {args.measure} | 95 % interval | to BM25 | p | tau to BM25 | tokens/query |")
+    print("|---|---|---|---|---|---|---|")
+    print(row("BM25", base, None, None, ""))
+    print(row("random (mean of 20)", _random(shared, qrels, args.measure), base, None, ""))
+    for label, run in found.items():
+        (measured,) = evaluate(run, qrels, (args.measure,))
+        ranked = read_run(runs[label])
+        taus = [
+            kendall_tau([h.docid for h in ranked[r.qid]], [c.docid for c in r.candidates])
+            for r in shared
+        ]
+        print(row(label, measured, base, float(np.mean(taus)), _cost(runs[label], qrels)))
+
+
+def _random(shared: list[Request], qrels: Qrels, measure: str) -> Measured:
+    """Return the measure averaged, query by query, over 20 random orders."""
+    total: dict[str, float] = dict.fromkeys(qrels, 0.0)
+    for seed in range(20):
+        run = {
+            r.qid: {c.docid: -float(i) for i, c in enumerate(shuffle(r, seed).candidates)}
+            for r in shared
+        }
+        (measured,) = evaluate(run, qrels, (measure,), samples=1)
+        for qid, value in measured.per_query.items():
+            total[qid] += value / 20
+    values = list(total.values())
+    return replace(
+        measured,
+        value=float(np.mean(values)),
+        interval=bootstrap_interval(values),
+        per_query=total,
+    )
+
+
+def _cost(run: Path, qrels: Qrels) -> str:
+    """Return mean prompt and generated tokens, and malformed windows, from the records."""
+    records = [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
+    made = [r["rerank"] for r in records if str(r["query"]["qid"]) in qrels]
+    prompt = np.mean([m["prompt_tokens"] for m in made])
+    generated = np.mean([m["generated_tokens"] for m in made])
+    malformed = sum(m["malformed"] for m in made)
+    windows = sum(m["windows"] for m in made)
+    told = f"; {malformed} of {windows} answers malformed" if generated else ""
+    return f"{prompt:.0f} + {generated:.0f}{told}"
+
+
+def main() -> None:
+    """Parse arguments, prepare, rerank, report."""
+    here = Path(__file__).resolve().parent.parent
+    data = Path(os.environ.get("STEERSMAN_DATA", here.parent / "shared" / "data"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for requests and runs")
+    parser.add_argument("--data", type=Path, default=data, help="evaluation data")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument(
+        "--methods", nargs="*", choices=VARIANTS, default=["first", "first-shuffled", "generate"],
+        help="none only measures the first stage",
+    )  # fmt: skip
+    parser.add_argument("--queries", type=int, help="take only this many queries of each set")
+    parser.add_argument("--depth", type=int, default=20, help="candidates per query [20]")
+    parser.add_argument("--max-words", type=int, default=100, help="words per passage [100]")
+    parser.add_argument("--window-size", type=int, default=20)
+    parser.add_argument("--stride", type=int, default=10)
+    parser.add_argument("--measure", default="nDCG@10")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    paths = {n: prepare(n, args.data, args.work / n, args.depth) for n in args.sets}
+    runs: dict[str, dict[str, Path]] = {name: {} for name in args.sets}
+    if args.methods:
+        options = {"backend": args.backend, "dtype": args.dtype, "threads": args.threads}
+        with load(args.model, **options) as model:
+            print(f"{model.info.name} on {model.info.backend}, {model.info.dtype}")
+            for name, path in paths.items():
+                for method in args.methods:
+                    runs[name][method] = rerank(model, method, path, args)
+    for name, path in paths.items():
+        report(name, path, runs[name], args)
+
+
+if __name__ == "__main__":
+    main()

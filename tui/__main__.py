@@ -1,5 +1,7 @@
 """``python -m steersman.tui`` is the ``steersman`` command."""
 
+import sys
+
 from .cli import main
 
-main()
+sys.exit(main())

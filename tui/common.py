@@ -310,7 +310,7 @@ def settings(profile: Profile, model_args: ModelArgs, sampling: SamplingArgs) ->
 
     names = {"context": "ctx_size"}
     found = []
-    for key, value in model_args.resolve(profile).items():
+    for key, value in {"model": "", "backend": "auto", **model_args.resolve(profile)}.items():
         said = getattr(model_args, names.get(key, key), None)
         if f"models.target.{key}" in profile.origins and said is None:
             where = profile.origins[f"models.target.{key}"]

@@ -28,6 +28,7 @@ class RunState:
     quiet: bool = False
     debug: bool = False
     emitted: bool = False  # an envelope has been printed
+    bar: Any = None  # the progress bar on show
 
 
 state = RunState()
@@ -36,6 +37,7 @@ state = RunState()
 def reset() -> None:
     """Forget the options of an earlier call in the same process, and make printing robust."""
     state.json = state.quiet = state.debug = state.emitted = False
+    state.bar = None
     for stream in (sys.stdout, sys.stderr):
         # A terminal that is not UTF-8 gets \u.... instead of an exception.
         if hasattr(stream, "reconfigure"):
@@ -111,8 +113,12 @@ def error(text: str) -> None:
 
 def _stderr(line: str) -> None:
     try:
+        if state.bar is not None:
+            state.bar.clear()
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
+        if state.bar is not None:
+            state.bar.refresh()
     except (OSError, ValueError):
         pass  # nobody is there to be told
 
@@ -146,7 +152,11 @@ def progress(total: int | None, *, label: str, unit: str, done: int = 0) -> Iter
         leave=False,
         dynamic_ncols=True,
     ) as bar:
-        yield bar
+        state.bar = bar
+        try:
+            yield bar
+        finally:
+            state.bar = None
 
 
 def width(text: str) -> int:

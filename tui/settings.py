@@ -109,7 +109,8 @@ def _read(path: Path, commands: list[str]) -> dict[str, dict[str, Any]]:
                 for inner, given in value.items()
             }
         else:
-            sections[""][_name(document, (key,), commands)] = _checked(document, (key,), value)
+            name = _name(document, (key,), commands)
+            sections[""][name] = _checked(document, (key,), value)
     return sections
 
 

@@ -11,7 +11,7 @@ import click
 
 from steersman.core.errors import SteersmanError, UsageError, did_you_mean
 
-from .. import common, generation, output
+from .. import common, output
 from ..conversation import Conversation
 from ..envelope import problem
 from ..interrupts import ctrl_c_cancels
@@ -157,6 +157,8 @@ class _Chat:
 
     def answer(self, text: str) -> None:
         """Send a message and show the answer as it comes."""
+        from .. import generation  # not for --help: it imports NumPy
+
         conversation = self.conversation
         conversation.messages.append({"role": "user", "content": text})
         printer = generation.Printer(live=output.is_terminal(sys.stdout))

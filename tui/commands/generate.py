@@ -9,7 +9,7 @@ import click
 
 from steersman.core.errors import UsageError
 
-from .. import common, generation, output
+from .. import common, output
 from ..interrupts import ctrl_c_cancels
 
 
@@ -141,6 +141,8 @@ def _generate(
     live: bool,
     envelope: common.Envelope,
 ) -> None:
+    from .. import generation  # not for --help: it imports NumPy
+
     profile = sampling.load_profile()
     envelope.inputs = {
         "prompt": prompt,

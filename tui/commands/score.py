@@ -56,7 +56,7 @@ def command(file: str, stride: int | None, summary: bool, model_args: common.Mod
             names = [model.tokenizer.token_name(i) for i in result.token_ids]
             context = model.info.context
         totals: dict[str, Any] = {
-            "tokens": len(result.token_ids),
+            "num_tokens": len(result.token_ids),
             "scored": result.scored,
             "bytes": len(text.encode("utf-8")),
             "nll": result.nll,
@@ -89,7 +89,7 @@ def command(file: str, stride: int | None, summary: bool, model_args: common.Mod
         print(
             output.table(
                 [
-                    ["tokens", f"{totals['tokens']} ({totals['scored']} scored)"],
+                    ["tokens", f"{totals['num_tokens']} ({totals['scored']} scored)"],
                     ["bytes", totals["bytes"]],
                     ["negative log-likelihood", f"{result.nll:.4f} nats"],
                     ["perplexity", f"{result.perplexity:.4f} per token"],

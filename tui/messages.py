@@ -1,0 +1,54 @@
+"""What the answering thread tells the screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from textual.message import Message
+
+
+@dataclass
+class AnswerStarted(Message):
+    """The model is open and the prompt is on its way; ``label`` says what answers."""
+
+    answer: int
+    label: str
+
+
+@dataclass
+class AnswerProgress(Message):
+    """``done`` of ``total`` prompt tokens are computed."""
+
+    answer: int
+    done: int
+    total: int
+
+
+@dataclass
+class AnswerText(Message):
+    """Text since the last such message; ``withdrawn`` characters are taken back first."""
+
+    answer: int
+    withdrawn: int
+    text: str
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class AnswerDone(Message):
+    """The answer is complete (or was cancelled); ``facts`` go into the history."""
+
+    answer: int
+    text: str
+    facts: dict[str, Any]
+    truncated: int
+
+
+@dataclass
+class AnswerFailed(Message):
+    """No answer; ``reason`` is one line with a remedy."""
+
+    answer: int
+    reason: str

@@ -15,7 +15,7 @@ from steersman.core.model import ModelInfo, Tokenizer
 
 from ..files.gguf import GGUFHeader, raw_tensor, read_header
 from .config import LlamaConfig
-from .linear import Dense, HalfStored, Linear, Q4Blocks, Q4Linear
+from .linear import Dense, HalfStored, Linear, Padded, Q4Blocks, Q4Linear, row_unit
 from .native import Layer, NativeModel
 from .weights import Weights
 
@@ -39,6 +39,8 @@ def build_native(
     info: ModelInfo,
     tokenizer: Tokenizer,
     device: torch.device,
+    *,
+    strict: bool = False,
 ) -> NativeModel:
     """Read the weights of ``folder`` and return the native model.
 
@@ -47,7 +49,7 @@ def build_native(
     InvalidInput
         A tensor is missing or has another shape than ``config.json`` says.
     """
-    builder = _Builder(source, folder, config, info.dtype, device)
+    builder = _Builder(source, folder, config, info.dtype, device, strict=strict)
     try:
         return builder.model(info, tokenizer)
     except OverflowError as error:
@@ -62,7 +64,11 @@ class _Builder:
         config: LlamaConfig,
         dtype: str,
         device: torch.device,
+        *,
+        strict: bool,
     ) -> None:
+        self.strict = strict
+        self.unit: int | None = None
         self.weights = Weights(folder)
         self.config = config
         self.device = device
@@ -94,6 +100,14 @@ class _Builder:
 
     def _store(self, weight: Callable[[], Tensor], bias: Tensor | None = None) -> Linear:
         """Return a projection with its weights stored as the dtype asks."""
+        linear = self._stored(weight, bias)
+        if not self.strict:
+            return linear
+        if self.unit is None:
+            self.unit = row_unit(linear, weight().shape[1]) or 1
+        return Padded(linear, self.unit)
+
+    def _stored(self, weight: Callable[[], Tensor], bias: Tensor | None) -> Linear:
         if self.dtype in ("float16", "q4") and self.half:
             return HalfStored(weight(), bias)
         if self.dtype == "q4":  # no FBGEMM: bfloat16 weights, activations cast for the product
@@ -171,7 +185,8 @@ class _Builder:
         head = embedding if config.tied else self.weights.get("lm_head.weight", *shape)
         small = self.dtype in ("float16", "q4") and self.device.type == "cpu"
         table = embedding.to(torch.float16) if small else self._place(embedding)
-        tied = config.tied and not small
+        if config.tied and not small:
+            head = table  # one copy on the device
         return NativeModel(
             info,
             tokenizer,
@@ -181,7 +196,8 @@ class _Builder:
             embedding=table,
             layers=[self._layer(i) for i in range(config.layers)],
             norm=self._vector("model.norm.weight", config.width),
-            project=Dense(table) if tied else self._store(lambda: head),
+            project=self._store(lambda: head),
+            strict=self.strict,
         )
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from steersman.core.model import IntArray, Plan
 
 _FIRST_CAPACITY = 256
+# Attention kernels split their sums by the number of keys: 512 at a time, and in shapes that depend
+# on the remainder. Always reading whole blocks makes a sum the same in every call.
+STRICT_BLOCK = 512
 
 
 class Layout:
@@ -28,7 +31,11 @@ class Layout:
     batch, width : int
         ``B`` rows and ``n`` columns, padding included.
     stop : int
-        Slots that attention reads: the longest row's end.
+        Slots that attention reads: the longest row's end; when ``strict``, rounded up to a whole
+        block.
+    strict : bool
+        Attention always takes the same route, masked and in whole blocks, so that its sums do not
+        depend on how many positions are new.
     begin : int or None
         The one slot at which all rows begin to write ``n`` tokens; None where rows differ.
     valid : int64 (T,) or None
@@ -41,11 +48,13 @@ class Layout:
         Causal and without a tree, so that slot order is position order.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, *, strict: bool = False) -> None:
         self.plan = plan
+        self.strict = strict
         self.device = device
         self.batch, self.width = plan.batch, plan.width
-        self.stop = int(plan.end.max())
+        self.end = int(plan.end.max())
+        self.stop = whole_blocks(self.end) if strict else self.end
         self.chain = plan.causal and plan.ancestors is None
         ragged = bool((plan.counts != self.width).any())
         first = int(plan.start[0])
@@ -133,12 +142,13 @@ class Layout:
     @cached_property
     def free(self) -> bool:
         """Whether attention needs no mask: one new position per row, all cached slots visible."""
-        return self.begin is not None and (self.width == 1 or not self.plan.causal)
+        aligned = self.begin is not None and not self.strict
+        return aligned and (self.width == 1 or not self.plan.causal)
 
     @cached_property
     def triangle(self) -> bool:
         """Whether the kernel's own causal mask says it all: a fresh chain."""
-        return self.chain and self.begin == 0
+        return self.chain and self.begin == 0 and not self.strict
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return ``visible`` as an additive mask, built once per call; None where none is needed.
@@ -153,6 +163,11 @@ class Layout:
     def _bias(self) -> Tensor:
         mask = torch.zeros(self.visible.shape, device=self.device)
         return mask.masked_fill_(~self.visible, float("-inf"))
+
+
+def whole_blocks(slots: int) -> int:
+    """Return ``slots`` rounded up to whole attention blocks."""
+    return -(-slots // STRICT_BLOCK) * STRICT_BLOCK
 
 
 class KVCache:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
+_UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_UNIT_ROWS = 96
 BLOCK = 32  # weights per block of GGUF's Q4_0 and Q4_1
 
 
@@ -152,6 +154,40 @@ class Q4Linear:
             y = y.to(torch.bfloat16)
         y = y.to(x.dtype)
         return y if self._bias is None else y + self._bias
+
+
+class Padded:
+    """A projection that always multiplies a multiple of ``unit`` rows, zeros after the real ones.
+
+    Matrix kernels handle the last few rows in another order of summation than full groups of
+    rows; with whole groups only, a row's result does not depend on how many others there are.
+    """
+
+    def __init__(self, linear: Linear, unit: int) -> None:
+        self._linear, self._unit = linear, unit
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        rest = -count % self._unit
+        if rest == 0:
+            return self._linear(x)
+        return self._linear(F.pad(x, (0, 0, 0, rest)))[:count]
+
+
+def row_unit(linear: Linear, width: int) -> int | None:
+    """Return the smallest number of rows whose multiples give a row the same bits, if any does.
+
+    Parameters
+    ----------
+    linear : (T, width) to (T, N)
+    """
+    x = torch.randn(_UNIT_ROWS, width, generator=torch.Generator().manual_seed(0))
+    whole = linear(x)
+    for unit in _UNITS:
+        counts = range(unit, _UNIT_ROWS + 1, unit)
+        if all(torch.equal(linear(x[:n]), whole[:n]) for n in counts):
+            return unit
+    return None
 
 
 def _unpack(nibbles: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:

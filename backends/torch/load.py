@@ -24,6 +24,7 @@ from .model import TorchModel
 from .native import NativeModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "q4")
+_STRICT = ("float32", "float16")
 PATHS = ("auto", "native", "hf")
 
 
@@ -35,6 +36,7 @@ def open_model(
     device: str,
     threads: int | None,
     path: str,
+    batch_invariant: bool,
 ) -> TorchModel:
     """Open a model; see :func:`steersman.backends.torch.open_model`."""
     _one_of("--dtype", dtype, DTYPES)
@@ -55,12 +57,24 @@ def open_model(
         raise UsageError(f"{source.path}: {what} cannot be used: {reason}")
     if path == "hf" and stored:
         raise UsageError(f"--dtype {dtype}: not with path 'hf', which knows float32 and bfloat16")
+    if batch_invariant and (
+        reason is not None or path == "hf" or place.type != "cpu" or dtype not in _STRICT
+    ):
+        raise UsageError(
+            f"batch_invariant: only on CPU, with --dtype {' or '.join(_STRICT)} and the native path"
+        )
     native = path == "native" or (path == "auto" and reason is None)
     tokenizer: Tokenizer = open_tokenizer(folder)
     info = _info(source, file, values, dtype=dtype, place=place, context=context, native=native)
     if native:
         model: TorchModel = build_native(
-            source, folder, read_config(file, values), info, tokenizer, place
+            source,
+            folder,
+            read_config(file, values),
+            info,
+            tokenizer,
+            place,
+            strict=batch_invariant,
         )
     else:
         from .hf import HFModel, load_module  # imports transformers, one second

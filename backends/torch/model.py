@@ -24,7 +24,7 @@ from steersman.core.model import (
     Tokenizer,
 )
 
-from .cache import KVCache, Layout
+from .cache import KVCache, Layout, whole_blocks
 
 
 @dataclass
@@ -58,6 +58,7 @@ class TorchModel(Model):
 
     capabilities = ~Capability.NONE
     xp = array_api_compat.torch
+    strict = False  # whether the same bits are asked for however a prompt is cut
 
     def __init__(
         self, info: ModelInfo, tokenizer: Tokenizer, device: torch.device, compute: torch.dtype
@@ -155,7 +156,8 @@ class TorchSession(Session):
         self, model: TorchModel, *, max_rows: int, needs: Capability, context: int
     ) -> None:
         super().__init__(model, max_rows=max_rows, needs=needs, context=context)
-        self._cache = KVCache(model.info.layers, 1, context, model.compute)
+        limit = whole_blocks(context) if model.strict else context
+        self._cache = KVCache(model.info.layers, 1, limit, model.compute)
         self._next = self._cache
         self._written = False
 
@@ -179,7 +181,7 @@ class TorchSession(Session):
             cache = self._arrange(plan)
             if plan.width == 0:
                 return Output()
-            layout = Layout(plan, model.device)
+            layout = Layout(plan, model.device, strict=model.strict)
             captured = Captured(frozenset(plan.hidden), frozenset(plan.attentions))
             x = model._lookup(layout.ids()) if embeds is None else layout.pack(embeds)
             self._written = True
@@ -192,7 +194,7 @@ class TorchSession(Session):
             elif plan.logits == "all":
                 logits = layout.unpack(model._head(x))
             hidden = {i: _own(layout.unpack(h)) for i, h in captured.hidden.items()}
-            attentions = {i: _own(a) for i, a in captured.attentions.items()}
+            attentions = {i: _own(a[..., : layout.end]) for i, a in captured.attentions.items()}
         return Output(logits=logits, hidden=hidden, attentions=attentions)
 
     def _soft_tokens(self, plan: Plan) -> Tensor:

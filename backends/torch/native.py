@@ -20,6 +20,8 @@ from .config import LlamaConfig
 from .linear import Linear
 from .model import Captured, TorchModel
 
+_STRICT_QUERIES = 4  # rows that attention's matrix products take at a time
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
@@ -83,6 +85,8 @@ class NativeModel(TorchModel):
     layers : list of Layer
     norm : (D,)
     project : (T, D) to (T, V)
+    strict : bool
+        Take the routes that give the same bits however a prompt is cut into calls.
     """
 
     def __init__(
@@ -97,9 +101,11 @@ class NativeModel(TorchModel):
         layers: list[Layer],
         norm: Tensor,
         project: Linear,
+        strict: bool = False,
     ) -> None:
         super().__init__(info, tokenizer, device, compute)
         self.config = config
+        self.strict = strict
         self._embedding = embedding
         self._layers = layers
         self._final_norm = norm
@@ -173,13 +179,17 @@ def _closed(x: Tensor) -> Tensor:
 def attend(query: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
     """Scaled dot-product attention of (B, H, n, d) over (B, KV, stop, d); (B, H, n, d)."""
     bias = layout.bias(query.dtype)
+    count = query.shape[2]
+    rest = -count % _STRICT_QUERIES if layout.strict else 0
+    if rest and bias is not None:
+        query, bias = F.pad(query, (0, 0, 0, rest)), F.pad(bias, (0, 0, 0, rest))
     grouped = query.shape[1] != keys.shape[1]
     if grouped and bias is not None and query.is_cuda:
         # The fast CUDA kernels take a mask or shared key/value heads, not both.
         repeat = query.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
         grouped = False
-    return F.scaled_dot_product_attention(
+    mixed = F.scaled_dot_product_attention(
         query,
         keys,
         values,
@@ -187,6 +197,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tenso
         is_causal=layout.triangle and layout.width > 1,
         enable_gqa=grouped,
     )
+    return mixed[:, :, :count] if rest else mixed
 
 
 def attention_weights(

@@ -82,7 +82,8 @@ class JudgeModel(Model):
         return b"".join(self.tokenizer.token_bytes(int(t)) for t in tokens).decode(errors="replace")
 
     def logits(self, text: str) -> np.ndarray:
-        prompt, _, answer = text.rpartition("<|im_start|>assistant\n")
+        opening = "<|im_start|>assistant\n" if self.tokenizer.chat_template else "only.\n"
+        prompt, _, answer = text.rpartition(opening)
         marked = dict(_LINE.findall(prompt))
         row = np.full(self.tokenizer.vocab_size, -30.0, np.float32)
         if answer == "[":

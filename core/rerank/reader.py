@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..api import encode_prompt
 from ..array import array_namespace, asarray_like, to_numpy
 from ..chat import encode_chat
 from ..decode.loop import prompt_chunks
@@ -114,6 +115,10 @@ class WindowReader:
 
     def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer = self.model.tokenizer
+        if tokenizer.chat_template is None:
+            # A base model: the same text without turns.
+            text = "".join(message["content"] + "\n" for message in messages)
+            return [int(i) for i in encode_prompt(tokenizer, text)]
         if self._system_role is None:
             self._system_role = _has_system_role(tokenizer)
         if not self._system_role:

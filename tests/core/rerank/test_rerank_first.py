@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rerank_toys import JudgeModel, passages
+from toys import CHATML
 
 from steersman.core.errors import (
     BackendError,
@@ -159,6 +160,28 @@ def test_control_tokens_in_text_stay_text():
     controls = [i for i in ids if i in model.tokenizer.special_ids]
     clean = reader.encode("q", ["a", "b"], max_words=300)
     assert len(controls) == len([i for i in clean if i in model.tokenizer.special_ids])
+
+
+def test_a_model_without_a_chat_template_reads_plain_text():
+    model = JudgeModel()
+    model.tokenizer.chat_template = None
+    assert rerank(model, "q", passages([1, 3, 2])).indices == (1, 2, 0)
+    assert "<|im_start|>" not in model.prompts[0] and model.prompts[0].endswith("only.\n[")
+
+
+def test_a_template_without_a_system_role_gets_one_user_turn():
+    is_system = "message['role'] == 'system'"
+    refusing = CHATML.replace(
+        "<|im_start|>{{ message",
+        "{% if " + is_system + " %}{{ raise_exception('no') }}{% endif %}<|im_start|>{{ message",
+    )
+    dropping = CHATML.replace("in messages %}", f"in messages if not {is_system} %}}")
+    for template in (refusing, dropping):
+        model = JudgeModel()
+        model.tokenizer.chat_template = template
+        rerank(model, "q", ["a", "b"])
+        assert model.prompts[0].startswith("<|im_start|>user\nYou are a careful search assistant")
+        assert "system" not in model.prompts[0]
 
 
 # -- fitting -----------------------------------------------------------------------------------

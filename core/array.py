@@ -20,8 +20,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-import array_api_compat
-import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
@@ -205,6 +203,13 @@ def library_module(x: Array) -> Any:
     return sys.modules["mlx.core" if is_mlx(x) else library_of(x)]
 
 
+@lru_cache(maxsize=1)
+def _numpy_namespace() -> Any:
+    import array_api_compat.numpy  # copies all of numpy, f2py included: slow, so not before needed
+
+    return array_api_compat.numpy
+
+
 def array_namespace(*arrays: Array) -> Any:
     """Return the array namespace of ``arrays`` (about 1 µs; look it up once per step).
 
@@ -215,9 +220,11 @@ def array_namespace(*arrays: Array) -> Any:
     """
     first = arrays[0]
     if type(first) is np.ndarray:
-        return array_api_compat.numpy
+        return _numpy_namespace()
     if is_mlx(first):
         return _mlx_namespace()
+    import array_api_compat
+
     return array_api_compat.array_namespace(*arrays)
 
 
@@ -240,7 +247,11 @@ def to_numpy(x: Array) -> npt.NDArray[Any]:
 
 def device_of(x: Array) -> Any:
     """Return the device to create new arrays on beside ``x``; None where there is no choice."""
-    return None if is_mlx(x) else array_api_compat.device(x)
+    if is_mlx(x):
+        return None
+    import array_api_compat
+
+    return array_api_compat.device(x)
 
 
 def asarray_like(values: Any, like: Array, *, dtype: Any = None) -> Array:

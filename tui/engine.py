@@ -64,7 +64,7 @@ class ChatEngine:
         cancel: threading.Event,
         **options: Any,
     ) -> Iterator[Event]:
-        """Answer ``messages``; events as in ``steersman.core.stream``. Call from a worker thread."""
+        """Yield the events of ``steersman.core.stream``. Call from a worker thread."""
         from steersman.core import stream
 
         with self._lock:  # an answer that is being cancelled may still hold the cache

@@ -8,7 +8,8 @@ from typing import Any
 
 from .errors import SteersmanError, UsageError, did_you_mean
 from .parameters import Mismatch, convert, parameters
-from .profile import GENERATION, Profile, build, check_generation, has_chain, with_chain
+from .profile import Profile
+from .profile_build import GENERATION, build, check_generation, has_chain, with_chain
 
 # Where a stage goes that an override adds to a chain: llama.cpp's default order.
 STAGE_ORDER = (

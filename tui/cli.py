@@ -179,6 +179,9 @@ def _run(argv: list[str]) -> int:
 def _report(exc: BaseException, argv: list[str]) -> int:
     if isinstance(exc, click.exceptions.Exit):
         return exc.exit_code
+    if isinstance(exc, click.exceptions.NoArgsIsHelpError):  # a group without its command
+        sys.stderr.write(exc.format_message() + "\n")
+        return exc.exit_code
     found = problem(exc)
     if found.exit_code == CANCELLED:
         output.note("cancelled")

@@ -17,12 +17,12 @@ from steersman.core.parameters import Mismatch, convert, parameters
 from steersman.core.profile import (
     Profile,
     find_profile,
-    from_document,
     list_profiles,
     load_profile,
     new_profile,
     parse_value,
 )
+from steersman.core.profile_build import from_document
 
 # A foreign function, which only Python can give.
 BUILT_BY_NAME = sorted(set(STAGES) - {"processor"}, key=lambda s: s == "mirostat")

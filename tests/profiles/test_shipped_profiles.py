@@ -9,10 +9,10 @@ import pytest
 from steersman.core import strict_yaml
 from steersman.core.profile import (
     builtin_folder,
-    from_document,
     list_profiles,
     load_profile,
 )
+from steersman.core.profile_build import from_document
 
 FILES = sorted(builtin_folder().glob("*.yaml"))
 PROMISED = {

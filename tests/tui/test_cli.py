@@ -312,4 +312,5 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
 def test_main_returns_codes_and_never_raises(run: Runner) -> None:
     assert isinstance(main, object)
     assert run("profiles", "path").code == 0
-    assert run("profiles").code in (0, 2)  # a group without a command shows its help
+    group = run("profiles")  # a group without a command shows its help
+    assert group.code == 2 and group.err.startswith("Usage: steersman profiles")

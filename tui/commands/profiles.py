@@ -49,7 +49,12 @@ def list_command() -> None:
 @command.command("show")
 @click.argument("name")
 @common.option(
-    "-o", "--option", multiple=True, metavar="KEY=VALUE", help="Change a parameter first."
+    "-o",
+    "--option",
+    multiple=True,
+    envvar=None,
+    metavar="KEY=VALUE",
+    help="Change a parameter first.",
 )
 @common.option("--effective", is_flag=True, help="Every value and its origin, not the file.")
 @common.output_options

@@ -33,6 +33,12 @@ COMMANDS: Mapping[str, str] = {
     "completion": "Print shell completion for bash, zsh or fish.",
 }
 
+# Commands with commands of their own, so that settings files reach those without an import.
+NESTED: Mapping[str, tuple[str, ...]] = {
+    "profiles": ("list", "show", "validate", "path", "new", "diff"),
+    "prompt": ("show",),
+}
+
 
 class Commands(click.Group):
     """A group that imports a command's module only when the command is used."""
@@ -170,6 +176,9 @@ def _run(argv: list[str]) -> int:
     asks_help = any(a in ("-h", "--help", "--version") for a in argv)
     defaults = Defaults() if asks_help else read_defaults([*COMMANDS, "app"])
     root: dict[str, Any] = {**defaults.values, **defaults.values.get("app", {})}
+    for group, names in NESTED.items():
+        values = defaults.values.get(group, {})
+        root[group] = {**values, **dict.fromkeys(names, values)}
     with cli.make_context("steersman", argv, default_map=root) as ctx:
         ctx.meta["steersman.defaults"] = defaults
         value = cli.invoke(ctx)

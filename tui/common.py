@@ -112,7 +112,8 @@ def origin(name: str) -> str:
         return "environment"
     if source is ParameterSource.DEFAULT_MAP:
         defaults = ctx.find_root().meta.get("steersman.defaults")
-        return defaults.origin(ctx.info_name, name) if defaults else "a settings file"
+        command = ctx.command_path.split(" ")[1:2]
+        return defaults.origin(*command, name) if defaults and command else "a settings file"
     return "built-in"
 
 

@@ -18,7 +18,7 @@ from cli_runner import Runner, scripted
 
 from steersman.core.errors import BackendError, SteersmanError, UsageError
 from steersman.tui import envelope
-from steersman.tui.cli import COMMANDS, cli, main
+from steersman.tui.cli import COMMANDS, NESTED, cli, main
 
 HEAVY = ("torch", "mlx", "llama_cpp", "transformers", "textual", "jinja2", "numpy", "rich", "yaml")
 
@@ -247,6 +247,17 @@ def test_settings_files_are_checked(text: str, message: str, run: Runner) -> Non
     done = run("generate", "-p", "x")
     assert done.code == 5 and message in done.err
     assert run("--help").code == 0  # help always works
+
+
+def test_settings_reach_commands_inside_groups(run: Runner) -> None:
+    with cli.make_context("steersman", [], resilient_parsing=True) as ctx:
+        groups = {n: c for n in COMMANDS if isinstance(c := cli.get_command(ctx, n), click.Group)}
+    assert {n: tuple(c.commands) for n, c in groups.items()} == NESTED
+    (run.home / "steersman.yaml").write_text("model: mine\nprompt: {ctx_size: 99}\n")
+    assert run("prompt", "show", "-p", "x").code == 0
+    assert run.loads[-1]["model"] == "mine" and run.loads[-1]["context"] == 99
+    (run.home / "steersman.yaml").write_text("output: json\n")
+    assert run("profiles", "list").json["command"] == "profiles list"
 
 
 # -- pipes and signals ----------------------------------------------------------------------

@@ -105,12 +105,12 @@ def set_threads(threads: int | None) -> int | None:
 
     numpy shares its OpenBLAS with mlx, so this holds for numpy's matrix products too.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: must be at least 1")
     blas = prepare()
     if blas.set_threads is None or blas.get_threads is None:
         return None
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads must be at least 1, got {threads}")
         blas.set_threads(threads)
     return int(blas.get_threads())
 

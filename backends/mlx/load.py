@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from . import blas  # before mlx.core: it decides which BLAS serves it
@@ -82,7 +81,7 @@ def open_model(
         # rows beside it, moves logits by about 5e-5 (measured).
         batch_invariant=False,
         threads=used_threads,
-        fingerprint=_fingerprint(source.path),
+        fingerprint=_fingerprint(source),
         extra={"blas": BLAS.name} if where == mx.cpu else {},
     )
     return MLXModel(net, info=info, tokenizer=opened.tokenizer, device=where, compute_dtype=compute)
@@ -106,7 +105,10 @@ def _describe(device: mx.Device) -> str:
     return f"gpu ({mx.device_info(device).get('device_name', 'unknown')})"
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(source: ModelSource) -> str:
+    if source.sha256:
+        return source.sha256
+    path = source.path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return ";".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 

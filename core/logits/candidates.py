@@ -7,6 +7,7 @@ else that is asked, comes back. From then on both are the same code, so engines 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,14 +87,14 @@ class Inputs:
 
 def check_peak(peak: float, row: int) -> None:
     """Raise BackendError if the largest logit of a row is not a finite number."""
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         what = "only -inf" if peak == -np.inf else str(peak)
         raise BackendError(f"logits: row {row} holds {what}; the model's output is not usable")
 
 
 def check_left(values: FloatRow, row: int) -> None:
     """Raise BackendError if the chain left no token, or made NaN."""
-    if len(values) == 0 or not np.isfinite(values.max()):
+    if len(values) == 0 or not math.isfinite(values.max()):
         raise BackendError(
             f"logits: the chain left no token in row {row}; check logit_bias and processors"
         )
@@ -107,11 +108,11 @@ def narrow(
     Where so many are left that sorting them costs more than it saves, the row stays as long as it
     was, with None for the ids.
     """
-    ids = np.flatnonzero(values > -np.inf if keep is None else keep)
+    ids = (values > -np.inf if keep is None else keep).nonzero()[0]
     if len(ids) > SHORT:
         return values if keep is None else mask_out(values, keep), None
     left = values[ids]
-    order = np.argsort(-left, kind="stable")
+    order = (-left).argsort(kind="stable")
     return left[order], ids[order]
 
 
@@ -167,7 +168,7 @@ def draw_row(values: FloatRow, ids: IntArray | None, uniform: float) -> tuple[in
         return draw_1d(values, uniform)
     if len(ids) == 1:
         return int(ids[0]), 0.0
-    order = np.argsort(ids)
+    order = ids.argsort()
     index, logprob = draw_1d(values[order], uniform)
     return int(ids[order[index]]), logprob
 

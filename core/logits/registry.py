@@ -57,7 +57,9 @@ def stage_class(name: str) -> type[Stage]:
     points = importlib.metadata.entry_points(group=ENTRY_POINTS)
     for point in points:
         if point.name == name:
-            found: type[Stage] = point.load()
+            found = point.load()
+            if not (isinstance(found, type) and issubclass(found, Stage)):
+                raise UsageError(f"{name}: entry point {point.value} is not a Stage")
             return found
     known = [*STAGES, *(point.name for point in points)]
     raise UsageError(f"{name}: unknown stage{did_you_mean(name, known)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..array import Array, array_namespace, asarray_like, wide_dtype
@@ -53,17 +55,18 @@ def draw_1d(logits: Array, uniform: float) -> tuple[int, float]:
 
     The same as :func:`categorical`, at the cost of one pass and two short searches.
     """
-    weights = np.exp(logits - logits.max())
+    weights = logits - logits.max()
+    np.exp(weights, out=weights)
     size = len(weights)
     if size <= 2 * _BLOCK:
-        totals = np.cumsum(weights, dtype=np.float64)
-        total = totals[-1]
-        index = int(np.searchsorted(totals, uniform * total, side="right"))
+        totals = weights.cumsum(dtype=np.float64)
+        total = float(totals[-1])
+        index = int(totals.searchsorted(uniform * total, side="right"))
     else:
         even = size - size % _BLOCK
         sums = weights[:even].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64)
         blocks = np.cumsum(np.append(sums, weights[even:].sum(dtype=np.float64)))
-        total = blocks[-1]
+        total = float(blocks[-1])
         goal = uniform * total
         block = min(int(np.searchsorted(blocks, goal, side="right")), len(blocks) - 1)
         within = weights[block * _BLOCK : (block + 1) * _BLOCK].astype(np.float64)
@@ -73,7 +76,7 @@ def draw_1d(logits: Array, uniform: float) -> tuple[int, float]:
         # Rounding at the end of a block, or a uniform of 1: the nearest entry that can be drawn.
         possible = np.flatnonzero(weights)
         index = int(possible[max(int(np.searchsorted(possible, index, side="right")) - 1, 0)])
-    return index, float(np.log(weights[index] / total))
+    return index, math.log(float(weights[index]) / total)
 
 
 @categorical.twin("numpy")

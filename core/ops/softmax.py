@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..array import Array, array_namespace, library_module
@@ -27,7 +29,7 @@ def relative_probs(logits: Array) -> Array:
 @relative_probs.twin("numpy")
 def _relative_probs_numpy(logits: Array) -> Array:
     top = logits.max(axis=-1, keepdims=True)
-    if not np.isfinite(top).all():
+    if not math.isfinite(top.min()):
         top = np.where(np.isfinite(top), top, np.zeros_like(top))
     weights = logits - top
     return np.exp(weights, out=weights)
@@ -60,24 +62,18 @@ def logsumexp(logits: Array, *, keepdims: bool = False) -> Array:
 
 @logsumexp.twin("numpy")
 def _logsumexp_numpy(logits: Array, *, keepdims: bool = False) -> Array:
-    weights = relative_probs(logits)
-    total = weights.sum(axis=-1, keepdims=True)
     top = logits.max(axis=-1, keepdims=True)
-    if total.all():
-        result = np.log(total) + top
-    else:
-        result = np.where(total > 0, np.log(np.where(total > 0, total, 1)) + top, top)
+    if not math.isfinite(top.min()):
+        return logsumexp.portable(logits, keepdims=keepdims)
+    weights = logits - top
+    np.exp(weights, out=weights)
+    result = np.log(weights.sum(axis=-1, keepdims=True)) + top
     return result if keepdims else result[..., 0]
 
 
 @logsumexp.twin("torch")
 def _logsumexp_torch(logits: Array, *, keepdims: bool = False) -> Array:
     return library_module(logits).logsumexp(logits, dim=-1, keepdim=keepdims)
-
-
-@logsumexp.twin("mlx")
-def _logsumexp_mlx(logits: Array, *, keepdims: bool = False) -> Array:
-    return library_module(logits).logsumexp(logits, axis=-1, keepdims=keepdims)
 
 
 def log_softmax(logits: Array) -> Array:

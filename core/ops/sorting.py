@@ -55,7 +55,8 @@ def _top_indices_1d(x: Array, k: int) -> Array:
     if size >= 8 * width:
         rows = size // width
         peaks = x[: rows * width].reshape(rows, width).max(axis=0)
-        near = np.flatnonzero(x >= np.partition(peaks, width - k)[width - k])
+        peaks.partition(width - k)
+        near = (x >= peaks[width - k]).nonzero()[0]
     else:
         near = np.arange(size)
     values = x[near]
@@ -66,7 +67,7 @@ def _top_indices_1d(x: Array, k: int) -> Array:
         chosen = np.sort(np.concatenate([above, level]))
         near, values = near[chosen], values[chosen]
     # ``near`` rises, so a stable sort of the negated values keeps ties in order of index.
-    return near[np.argsort(-values, kind="stable")[:k]]
+    return near[(-values).argsort(kind="stable")[:k]]
 
 
 @top_k.twin("numpy")
@@ -177,8 +178,9 @@ def _smallest_set_numpy(
     key: Array, weights: Array, share: float, *, ordered: bool = False
 ) -> Array:
     if ordered:
-        total = np.cumsum(weights, axis=-1, dtype=np.float64)
-        keep = np.ones(key.shape, np.bool_)
+        total = weights.cumsum(axis=-1, dtype=np.float64)
+        keep = np.empty(key.shape, np.bool_)
+        keep[..., 0] = True
         np.less(total[..., :-1], share * total[..., -1:], out=keep[..., 1:])
         return keep
     size = key.shape[-1]

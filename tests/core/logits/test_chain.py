@@ -32,7 +32,7 @@ from steersman.core.logits import (
 )
 
 INF = math.inf
-V = 3_000
+V = 2_500
 
 
 def ban_small_ids(token_ids, logits):
@@ -59,7 +59,7 @@ CHAINS = {
     "top_p wide": (TopP(p=0.999), MinP(p=0.001)),
     "min_p": (Temperature(t=1.2), MinP(p=0.1)),
     "min_p wide": (MinP(p=1e-6), XTC(threshold=0.05, probability=1.0)),
-    "top_k huge": (TopK(k=2_000), TopP(p=0.9)),
+    "top_k huge": (TopK(k=1_500), TopP(p=0.9)),
     "top_k beyond": (TopK(k=V + 5),),
     "typical": (TypicalP(p=0.6),),
     "sigma": (TopNSigma(n=1.0), Temperature(t=2.0)),
@@ -111,7 +111,7 @@ def keyed(seed):
 def test_fused_equals_step_by_step(lib, place, name):
     chain, plain = Chain(CHAINS[name]), Chain(CHAINS[name], fused=False)
     rng = np.random.default_rng(7)
-    for seed in range(3):
+    for seed in range(2):
         x, history = logits_like_a_model(rng, 3), histories(rng, 3)
         asked = {"history": history, "uniforms": keyed(seed)}
         want = plain.select(lib(x), logprobs=3, **asked)
@@ -147,7 +147,7 @@ def test_every_library_gives_the_same_tokens(name):
         np.testing.assert_allclose(other.logprobs, results[0].logprobs, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ["plain", "llama.cpp", "top_p wide", "late penalties"])
 def test_a_row_is_the_same_alone_and_in_a_batch(lib, place, name):
     chain = Chain(CHAINS[name])
     rng = np.random.default_rng(9)
@@ -191,13 +191,12 @@ def test_any_order_of_stages_gives_the_same_distribution(stages, seed):
 
 @pytest.mark.parametrize("name", ["plain", "llama.cpp", "top_p wide", "min_p"])
 def test_tokens_follow_the_distribution(name):
-    rng = np.random.default_rng(10)
-    x = (logits_like_a_model(rng, 1)[:, :300] * 0.7).astype(np.float32)
+    x = np.random.default_rng(10).normal(0, 1.2, (1, 300)).astype(np.float32)
     chain = Chain(tuple(s for s in CHAINS[name] if not isinstance(s, (XTC, Penalties, Dry))))
     probs = scipy.special.softmax(
         chain.apply(x, uniforms=lambda *_: 0.0).astype(np.float64), axis=-1
     )[0]
-    draws = np.random.default_rng(11).random(3_000)
+    draws = np.random.default_rng(11).random(2_000)
     n = len(draws)
     picked = chain.select(np.tile(x, (n, 1)), uniforms=lambda row, draw: draws[row]).tokens
     seen = np.bincount(picked, minlength=x.shape[1])
@@ -206,6 +205,7 @@ def test_tokens_follow_the_distribution(name):
     observed = np.append(seen[common], seen[~common].sum())
     expected = np.append(n * probs[common], n * probs[~common].sum())
     some = expected > 0
+    assert some.sum() >= 8
     assert scipy.stats.chisquare(observed[some], expected[some]).pvalue > 0.001
 
 

@@ -48,7 +48,7 @@ def naive(tokens, *, multiplier, base, allowed_length, penalty_last_n, breakers)
 TAILS = st.frozensets(st.lists(st.integers(0, 4), max_size=2).map(tuple), min_size=1, max_size=2)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.integers(0, 4), max_size=60),
     st.integers(1, 4),

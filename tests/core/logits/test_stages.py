@@ -50,7 +50,7 @@ VALUES = hnp.arrays(
         st.floats(-8, 8, width=32), st.sampled_from([-INF, 0.0, 1.0, 1.0, 4.0, -2.0])
     ),
 ).map(lambda x: np.where(np.isinf(x).all(axis=-1, keepdims=True), np.float32(0), x))
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=30, deadline=None)
 
 
 def by_rank(row):
@@ -329,21 +329,16 @@ RANGES = {
     "logit_bias": {"bias": [[1], {-1: 1}, {1: INF}, {1: 1001}, {True: 1}, {"": 1}, {1.5: 1}]},
 }
 UNREAL = [math.nan, INF, -INF, True, "0.5", None, [1]]
-BAD = [
-    (name, key, value)
-    for name, keys in RANGES.items()
-    for key, values in keys.items()
-    for value in [*values, *UNREAL]
-]
 
 
-@pytest.mark.parametrize(("name", "key", "value"), BAD)
-def test_values_out_of_range_are_refused(name, key, value):
-    with pytest.raises(UsageError) as caught:
-        build_stage(name, {key: value})
-    message = str(caught.value)
-    assert message.startswith(f"{name}: ")
-    assert "\n" not in message
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in RANGES for key in RANGES[name]])
+def test_values_out_of_range_are_refused(name, key):
+    for value in [*RANGES[name][key], *UNREAL]:
+        with pytest.raises(UsageError) as caught:
+            build_stage(name, {key: value})
+        message = str(caught.value)
+        assert message.startswith(f"{name}: "), value
+        assert "\n" not in message
 
 
 def test_every_parameter_is_range_checked():
@@ -428,8 +423,17 @@ def test_a_package_can_add_a_stage(monkeypatch):
         def load(self):
             return Shift
 
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point()])
+    class Wrong(Point):
+        name = "wrong"
+        value = "package:thing"
+
+        def load(self):
+            return print
+
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Wrong(), Point()])
     assert stage_class("shift") is Shift
+    with pytest.raises(UsageError, match="package:thing is not a Stage"):
+        stage_class("wrong")
     with pytest.raises(UsageError, match="did you mean 'shift'"):
         stage_class("shft")
 

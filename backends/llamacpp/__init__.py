@@ -62,6 +62,7 @@ def open_model(
         An option cannot be used as given.
     """
     from steersman.backends.files.gguf import read_header
+    from steersman.backends.files.guard import check_file
 
     from . import lib
     from .model import SETTINGS, LlamaModel, context_option, load_handle
@@ -85,6 +86,8 @@ def open_model(
             "backend, or convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     meter = LoadMeter()
+    if not source.trusted:
+        check_file(source)
     header = read_header(source.path)
     if not lib.check_layout():
         raise MissingDependency(

@@ -66,7 +66,7 @@ class Cache:
         opening: threading.Lock,
         **options: Any,
     ) -> None:
-        self._model = model
+        self._model: ModelHandle | None = model
         self._sequences = sequences
         self._unified = unified
         self._micro_batch = micro_batch
@@ -88,6 +88,8 @@ class Cache:
         self._pending: set[int] = set()
 
     def _open(self, cells: int) -> Context:
+        if self._model is None:
+            raise UsageError("session: already closed")
         total = cells * (1 if self._unified else self._sequences)
         check_memory(total * self._bytes_per_cell, f"{total} positions")
         with self._opening:
@@ -103,7 +105,7 @@ class Cache:
 
     def close(self) -> None:
         """Let go of the context; it is freed once no logits look into it any more."""
-        self._context = None
+        self._context = self._model = None
 
     @property
     def context(self) -> Context:

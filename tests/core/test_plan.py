@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import TableModel
 
 from steersman.core.errors import ContextOverflow, UsageError
 from steersman.core.model import Forward, Plan
-from toys import TableModel
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -52,16 +52,49 @@ class SteersmanApp(App[None]):
 
     CSS_PATH = "app.tcss"
     TITLE = "steersman"
+    # Priority: the text area has function keys of its own.
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("f2", "choose_profile", "Profile", tooltip="Decode in another way from now on"),
-        Binding("f3", "choose_model", "Model", tooltip="Let another model answer"),
-        Binding("f4", "choose_backend", "Engine", tooltip="Run the model on another engine"),
-        Binding("f5", "regenerate", "Again", tooltip="Answer the last message again"),
-        Binding("f6", "regenerate_with", "Again with", tooltip="Again, with another profile"),
-        Binding("f7", "edit_last", "Edit", tooltip="Change the last message and resend it"),
-        Binding("f8", "conversations", "Chats", tooltip="Go on with an earlier conversation"),
-        Binding("f9", "new", "New", tooltip="Begin a new conversation"),
-        Binding("ctrl+y", "copy_answer", "Copy", tooltip="Copy the last answer"),
+        Binding(
+            "f2",
+            "choose_profile",
+            "Profile",
+            tooltip="Decode in another way from now on",
+            priority=True,
+        ),
+        Binding("f3", "choose_model", "Model", tooltip="Let another model answer", priority=True),
+        Binding(
+            "f4",
+            "choose_backend",
+            "Engine",
+            tooltip="Run the model on another engine",
+            priority=True,
+        ),
+        Binding(
+            "f5", "regenerate", "Again", tooltip="Answer the last message again", priority=True
+        ),
+        Binding(
+            "f6",
+            "regenerate_with",
+            "Again with",
+            tooltip="Again, with another profile",
+            priority=True,
+        ),
+        Binding(
+            "f7",
+            "edit_last",
+            "Edit",
+            tooltip="Change the last message and resend it",
+            priority=True,
+        ),
+        Binding(
+            "f8",
+            "conversations",
+            "Chats",
+            tooltip="Go on with an earlier conversation",
+            priority=True,
+        ),
+        Binding("f9", "new", "New", tooltip="Begin a new conversation", priority=True),
+        Binding("f10", "copy_answer", "Copy", tooltip="Copy the last answer", priority=True),
         Binding("alt+left", "sibling(-1)", "Previous version", show=False),
         Binding("alt+right", "sibling(1)", "Next version", show=False),
         Binding("escape", "cancel", "Stop", tooltip="Stop the answer", priority=True),

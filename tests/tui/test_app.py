@@ -195,6 +195,7 @@ async def test_a_model_that_cannot_be_opened_is_reported_and_the_chat_goes_on() 
 async def test_escape_stops_at_once_and_keeps_what_was_written() -> None:
     model = Scripted("word " * 3000)
     app = build(model)
+    app.profile = app.profile.override({"generation.max_tokens": 15000})
     async with app.run_test(size=SIZE) as pilot:
         await say(app, pilot, "go on", idle=False)
         await until(pilot, lambda: len(transcript(app)[-1][1]) > 20)
@@ -310,11 +311,12 @@ async def test_a_link_is_shown_before_it_is_opened(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_long_answer_is_all_there() -> None:
-    text = "".join(f"Paragraph {i} with *some* words.\n\n" for i in range(120))
+    text = "".join(f"Paragraph {i} with *some* words.\n\n" for i in range(40))
     app = build(Scripted(text))
+    app.profile = app.profile.override({"generation.max_tokens": 15000})
     async with app.run_test(size=SIZE) as pilot:
         app.prompt.load_text("long")
         await pilot.press("enter")
         await until(pilot, lambda: len(app.thread) == 2)
         assert app.thread[-1].content == text
-        assert len(app.query(AnswerMessage).last().markdown.children) >= 120
+        assert len(app.query(AnswerMessage).last().markdown.children) >= 40

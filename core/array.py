@@ -265,6 +265,8 @@ def device_of(x: Array) -> Any:
 
 def asarray_like(values: Any, like: Array, *, dtype: Any = None) -> Array:
     """Return host ``values`` as an array of the library and on the device of ``like``."""
+    if isinstance(like, np.ndarray):
+        return np.asarray(values, dtype=dtype)
     xp = array_namespace(like)
     if is_mlx(like):
         return xp.asarray(values, dtype=dtype)

@@ -31,8 +31,8 @@ def apply_min_p(logits: Array, p: float) -> Array:
 
 def keep_min_p(logits: Array, p: float) -> Array:
     """Return the mask (..., V) of :func:`apply_min_p`; p > 0."""
-    top = array_namespace(logits).max(logits, axis=-1, keepdims=True)
-    return logits >= top + math.log(p)
+    xp = array_namespace(logits)
+    return logits >= xp.max(logits, axis=-1, keepdims=True) + math.log(p)
 
 
 @dataclass(frozen=True, kw_only=True)

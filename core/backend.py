@@ -20,8 +20,8 @@ class Backend:
     Attributes
     ----------
     module : str
-        Module with ``open_model(source: ModelSource, **options) -> Model`` and
-        ``versions() -> dict[str, str]``.
+        Module with ``open_model(source: ModelSource, **options) -> Model``,
+        ``versions() -> dict[str, str]`` (cheap) and ``devices() -> list[str]``.
     requires : tuple of str
         Top-level modules that must be importable.
     install : str

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from steersman.core.backend import BACKENDS, missing_modules
+from steersman.core.backend import BACKENDS, backend_module, missing_modules
 
 PACKAGES = (
     "click", "huggingface-hub", "jinja2", "numpy", "platformdirs", "pyyaml", "rich", "textual",
@@ -139,40 +139,7 @@ def devices(engine: str) -> list[str]:
     Exception
         Whatever the engine raises when it is broken.
     """
-    return {"llamacpp": _llamacpp_devices, "torch": _torch_devices, "mlx": _mlx_devices}[engine]()
-
-
-def _llamacpp_devices() -> list[str]:
-    import llama_cpp
-
-    found = ["cpu"]
-    if llama_cpp.llama_supports_gpu_offload():
-        found.append("gpu (offload is built in)")
-    return found
-
-
-def _torch_devices() -> list[str]:
-    import torch
-
-    found = ["cpu"]
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            memory = properties.total_memory / 2**30
-            found.append(f"cuda:{i} ({properties.name}, {memory:.0f} GiB)")
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    return found
-
-
-def _mlx_devices() -> list[str]:
-    import mlx.core as mx
-
-    found = ["cpu"]
-    if mx.metal.is_available():
-        found.append("metal")
-    elif hasattr(mx, "cuda") and mx.cuda.is_available():
-        found.append("cuda")
+    found: list[str] = backend_module(engine).devices()
     return found
 
 

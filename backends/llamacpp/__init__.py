@@ -25,6 +25,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def devices() -> list[str]:
+    """Return the devices that the installed engine can use; imports it."""
+    import llama_cpp
+
+    found = ["cpu"]
+    if llama_cpp.llama_supports_gpu_offload():
+        found.append("gpu (offload is built in)")
+    return found
+
+
 def open_model(
     source: ModelSource,
     *,

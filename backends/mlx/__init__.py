@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from .model import MLXModel
 
 
+def devices() -> list[str]:
+    """Return the devices that mlx can use; imports it."""
+    from .blas import prepare
+
+    prepare()
+    import mlx.core as mx
+
+    found = ["cpu"]
+    if mx.metal.is_available():
+        found.append("metal")
+    elif hasattr(mx, "cuda") and mx.cuda.is_available():
+        found.append("cuda")
+    return found
+
+
 def open_model(
     source: ModelSource,
     *,

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from .model import TorchModel
 
 
+def devices() -> list[str]:
+    """Return the devices that torch can use; imports it."""
+    import torch
+
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            memory = properties.total_memory / 2**30
+            found.append(f"cuda:{i} ({properties.name}, {memory:.0f} GiB)")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
 def open_model(
     source: ModelSource,
     *,

@@ -40,7 +40,7 @@ _PRE = {
     "default": "default",
     "falcon": "falcon",
     "deepseek-coder": "deepseek-coder",
-    **dict.fromkeys(["gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"], "gpt2"),
+    **dict.fromkeys(["gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"], "gpt2"),
     **dict.fromkeys(["jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de"], "gpt2"),
     **dict.fromkeys(["roberta-bpe", "granite-docling", "exaone4", "mellum", "modern-bert"], "gpt2"),
     **dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell"], "digits"),
@@ -149,7 +149,9 @@ def build_tokenizer(header: GGUFHeader) -> Any:
         tokenizer = builders[family](header, tokens, types)
     except (InvalidInput, UsageError):
         raise
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
         raise InvalidInput(f"{header.path}: vocabulary does not fit together: {error}") from None
     special = [tokens[i] for i in np.flatnonzero((types == CONTROL) | (types == UNKNOWN))]
     plain = [tokens[i] for i in np.flatnonzero(types == USER_DEFINED)]
@@ -158,6 +160,11 @@ def build_tokenizer(header: GGUFHeader) -> Any:
     )
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain if t])
     return tokenizer
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether the tokenizers library failed: it raises bare Exception, or panics in Rust."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _byte_level(header: GGUFHeader, tokens: list[str], types: np.ndarray) -> Any:
@@ -169,14 +176,19 @@ def _byte_level(header: GGUFHeader, tokens: list[str], types: np.ndarray) -> Any
             f"{header.path}: pre-tokenizer {pre!r} is read only by the llamacpp backend; "
             "use --backend llamacpp"
         )
+    vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
     for line in _strings(header, "tokenizer.ggml.merges"):
         at = line.find(" ", 1)
         if at < 0:
             raise InvalidInput(f"{header.path}: tokenizer.ggml.merges: {line[:40]!r} has no space")
-        merges.append((line[:at], line[at + 1 :]))
+        left, right = line[:at], line[at + 1 :]
+        # The library panics on a merge whose result is not a token.
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise InvalidInput(f"{header.path}: tokenizer.ggml.merges: {line[:40]!r} has no token")
+        merges.append((left, right))
     model = models.BPE(
-        {token: i for i, token in enumerate(tokens)},
+        vocab,
         merges,
         ignore_merges=pre in _WHOLE_WORDS_FIRST,
     )

@@ -243,7 +243,9 @@ def open_tokenizer(source: Path | GGUFHeader) -> HFTokenizer:
         raise InvalidInput(f"{path}: {path.stat().st_size} bytes (limit {MAX_JSON_BYTES})")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except BaseException as error:
+        if not gguf_tokenizer.is_library_error(error):
+            raise
         raise InvalidInput(f"{path}: not a tokenizer: {error}") from None
     config = read_json(source / "tokenizer_config.json", missing_ok=True)
     model = read_json(source / "config.json", missing_ok=True)

@@ -91,7 +91,7 @@ class Chain:
         for stage in self.stages[:-1]:
             if isinstance(stage, Mirostat):
                 raise UsageError(
-                    "logits: mirostat must be the last stage, as it steers by what is drawn after "
+                    "mirostat must be the last stage, as it steers by what is drawn after "
                     f"it; move {self.stages[-1].name} before it"
                 )
 

@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--measure", default="nDCG@10")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--backend", default="torch")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     paths = {n: prepare(n, args.data, args.work / n, args.depth) for n in args.sets}

@@ -34,13 +34,17 @@ ODD = [
 ]
 
 
+_KEPT: list[Any] = []
+
+
 class LlamaCpp:
     """The vocabulary of a GGUF file as llama.cpp sees it."""
 
     def __init__(self, path: Path) -> None:
         self.lib = pytest.importorskip("llama_cpp")
-        self._log = self.lib.llama_log_callback(lambda *args: None)
-        self.lib.llama_log_set(self._log, None)
+        if not _KEPT:  # llama.cpp calls it for as long as the process lives
+            _KEPT.append(self.lib.llama_log_callback(lambda *args: None))
+            self.lib.llama_log_set(_KEPT[0], None)
         params = self.lib.llama_model_default_params()
         params.vocab_only = True
         self._model = self.lib.llama_model_load_from_file(str(path).encode(), params)

@@ -105,7 +105,7 @@ class Context:
         params.no_perf = True
         if callback is not None:
             params.cb_eval = callback
-        self._cells, self._rows = cells, rows
+        self._rows = rows
         self.pointer: int | None = llama.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise BackendError(

@@ -22,7 +22,10 @@ __all__ = ["llama", "llama_cpp"]
 _P = ctypes.c_void_p
 _FOLDER = Path(llama_cpp.__file__).parent / "lib"
 _base = load_shared_library("ggml-base", _FOLDER)
-_cpu = load_shared_library("ggml-cpu", _FOLDER)
+try:
+    _cpu = load_shared_library("ggml-cpu", _FOLDER)
+except FileNotFoundError:  # builds that choose among CPU variants at run time name it otherwise
+    _cpu = None
 
 
 class Tensor(ctypes.Structure):
@@ -81,7 +84,7 @@ ggml_mul_mat = _declare(_base, "ggml_mul_mat", _P, _P, _P, _P)
 ggml_get_rows = _declare(_base, "ggml_get_rows", _P, _P, _P, _P)
 ggml_new_graph = _declare(_base, "ggml_new_graph", _P, _P)
 ggml_build_forward_expand = _declare(_base, "ggml_build_forward_expand", None, _P, _P)
-ggml_graph_compute_with_ctx = _declare(
+ggml_graph_compute_with_ctx = _cpu and _declare(
     _cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, _P, _P, ctypes.c_int
 )
 ggml_backend_cpu_buffer_from_ptr = _declare(

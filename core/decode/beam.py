@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -36,7 +35,6 @@ class _State:
     beams: tuple[Beam, ...]
     done: tuple[tuple[float, Beam], ...]  # finished texts, best first
     shown: int
-    chain: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,7 @@ class BeamSearch:
         still overtake the worst of them, judged by its present score.
     chain : Chain
         Stages applied to the logits before the log-probabilities are taken (penalties, bias).
+        A stage with a state of its own (mirostat) begins anew at every token.
 
     Notes
     -----
@@ -92,7 +91,7 @@ class BeamSearch:
         return self.beams
 
     def init(self, request: Request, rng: Rng) -> tuple[_State, Step]:
-        state = _State(request=request, beams=(Beam(),), done=(), shown=0, chain=self.chain.init(1))
+        state = _State(request=request, beams=(Beam(),), done=(), shown=0)
         if request.max_tokens == 0:
             return state, Step(finish="length")
         return state, Step(ask={"target": Forward(keep=0, tokens=request.prompt[None])})
@@ -118,14 +117,20 @@ class BeamSearch:
         beams = tuple(beam for _, beam in live)
         state = replace(state, beams=beams, done=tuple(done))
         length = len(beams[0].tokens) if beams else 0
-        if not beams or self._settled(state) or length >= request.max_tokens:
+        # At the limit the live texts are cut and compete as they are, however many have ended.
+        if length >= request.max_tokens:
+            return self._finish(state, cut=beams)
+        if not beams or self._settled(state):
             return self._finish(state)
         return self._go_on(state, [row for row, _ in live])
 
     def _candidates(
         self, state: _State, logits: Array, rng: Rng
     ) -> tuple[_Rawness, list[tuple[int, int, float]]]:
-        """Return the best (row, token, total log-probability), twice as many as beams."""
+        """Return the best (row, token, total log-probability).
+
+        Enough of them that ``beams`` go on even if every end token of every text is among them.
+        """
         request, beams = state.request, state.beams
         position = len(request.prompt) + len(beams[0].tokens)
         texts = [
@@ -135,7 +140,6 @@ class BeamSearch:
         filtered = self.chain.apply(
             logits,
             history=texts,
-            state=state.chain,
             uniforms=lambda row, key: rng.uniform(request.row + row, position, draw=key),
         )
         xp = array_namespace(logits)
@@ -143,7 +147,7 @@ class BeamSearch:
             np.array([[b.logprob] for b in beams], np.float32), filtered
         )
         vocab = int(total.shape[-1])
-        width = min(2 * self.beams, vocab * len(beams))
+        width = min(max(2, 1 + len(request.eos_ids)) * self.beams, vocab * len(beams))
         values, places = top_k(xp.reshape(total, (-1,)), width)
         pairs = zip(to_numpy(places).tolist(), to_numpy(values).tolist(), strict=True)
         best = [(at // vocab, at % vocab, value) for at, value in pairs if value > -np.inf]
@@ -157,11 +161,9 @@ class BeamSearch:
         best_live = max(b.normalised(self.length_penalty, False) for b in state.beams)
         return state.done[-1][0] >= best_live
 
-    def _finish(self, state: _State) -> tuple[_State, Step]:
+    def _finish(self, state: _State, cut: tuple[Beam, ...] = ()) -> tuple[_State, Step]:
         ends = [(score, "eos", beam) for score, beam in state.done]
-        if len(ends) < self.beams:
-            # Too few texts have ended: the live ones are cut here and compete as they are.
-            ends += [(b.normalised(self.length_penalty, False), "length", b) for b in state.beams]
+        ends += [(b.normalised(self.length_penalty, False), "length", b) for b in cut]
         _, reason, best = max(ends, key=lambda end: end[0])
         edit = Edit(keep=state.shown, tokens=best.tokens[state.shown :])
         return state, Step(edit=edit, finish=reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -102,7 +103,8 @@ def reuse_prefix(session: Session, ask: Forward) -> tuple[Forward, int]:
     """Return ``ask`` shortened by what the cache already holds, and how many tokens that saves.
 
     Only a plain prompt is shortened: one row from position 0 of which nothing but the last logits
-    are wanted. At least its last token is always computed, since logits are not cached.
+    are wanted. At least its last token is always computed, since logits are not cached. Any other
+    prompt starts from an empty row, and gives up the rows that an earlier text has left.
     """
     plain = (
         ask.tokens is not None
@@ -114,11 +116,14 @@ def reuse_prefix(session: Session, ask: Forward) -> tuple[Forward, int]:
         and not ask.attentions
         and not np.any(ask.keep)
     )
-    if not plain:
+    fresh: Any = ask.tokens if ask.tokens is not None else ask.embeds
+    if fresh is None:
         return ask, 0
-    tokens: IntArray = np.asarray(ask.tokens, np.int64)
-    if len(tokens) != 1:
+    if not plain or len(fresh) != 1:
+        if ask.rows is None and len(fresh) != session.batch and not np.any(ask.keep):
+            ask = replace(ask, rows=np.zeros(len(fresh), np.int64))
         return ask, 0
+    tokens: IntArray = np.asarray(fresh, np.int64)
     held = [session.common_prefix(tokens[0], row) for row in range(session.batch)]
     row = int(np.argmax(held))
     keep = min(held[row], tokens.shape[1] - 1)

@@ -1,0 +1,42 @@
+"""One conversation, many strategies: what an earlier text left in the cache changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toys import ToyTransformer
+
+from steersman.core.decode import STRATEGIES
+from steersman.core.decode.events import Finished
+from steersman.core.decode.loop import decode
+from steersman.core.decode.rng import Rng
+from steersman.core.decode.sessions import Sessions
+from steersman.core.decode.types import Request
+
+
+def turn(sessions: Sessions, name: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    strategy = STRATEGIES[name]()
+    request = Request(
+        prompt=np.array(prompt),
+        models=sessions.models,
+        eos_ids=frozenset(),
+        max_tokens=3,
+        context=sessions.target.info.context,
+    )
+    *_, last = decode(strategy, sessions.prepare(strategy, name=name), request, Rng(3))
+    assert isinstance(last, Finished)
+    return last.token_ids
+
+
+@pytest.mark.parametrize("second", STRATEGIES)
+def test_any_strategy_after_any_other_equals_a_fresh_start(second: str) -> None:
+    model = ToyTransformer(layers=4)
+    begun = tuple(b"hi!")
+    with Sessions(model) as fresh:
+        expected = turn(fresh, second, begun[:1])
+    for first in STRATEGIES:
+        with Sessions(model) as kept, Sessions(model) as fresh:
+            longer = (*begun, *turn(kept, first, begun), *b" and")
+            assert turn(kept, second, longer) == turn(fresh, second, longer), first
+            # Back to the very first token, of which a strategy may want hidden states too.
+            assert turn(kept, second, begun[:1]) == expected, first

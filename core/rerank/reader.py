@@ -95,10 +95,13 @@ class WindowReader:
         a resumed job could otherwise differ from an uninterrupted one.
         """
         self.counters = Counters()
-        if self._session is None:
-            self._session = self.model.session(needs=Capability.NONE)
-        elif self._session.lengths[0]:
-            self._rewind(0)
+        session = self._session
+        if session is None or not session.lengths[0]:
+            return
+        if Capability.ROLLBACK in self.model.capabilities:
+            session.forward(Forward(keep=0, logits="none"))
+        else:
+            self.close()
 
     def close(self) -> None:
         """Free the cache; the model stays open."""
@@ -237,14 +240,6 @@ class WindowReader:
         if self._session is None:
             self._session = self.model.session(needs=Capability.NONE)
         return self._session
-
-    def _rewind(self, keep: int) -> None:
-        session = self._open_session()
-        if Capability.ROLLBACK in self.model.capabilities:
-            session.forward(Forward(keep=keep, logits="none"))
-        else:
-            session.close()
-            self._session = self.model.session(needs=Capability.NONE)
 
 
 def _has_system_role(tokenizer: Any) -> bool:

@@ -123,12 +123,14 @@ def locate(name: str, *, offline: bool = False) -> ModelSource:
     """
     if name in KNOWN_MODELS:
         return _known(name)
-    path = Path(name).expanduser()
-    with contextlib.suppress(OSError, ValueError):
-        if path.is_dir():
-            return _folder(path)
-        if path.exists():
-            return _file(path)
+    path = Path(name)
+    with contextlib.suppress(RuntimeError):  # "~nobody" has no home
+        path = path.expanduser()
+    folder = exists = False
+    with contextlib.suppress(OSError, ValueError):  # too long, or with a null character
+        folder, exists = path.is_dir(), bool(name) and path.exists()
+    if exists:
+        return _folder(path) if folder else _file(path)
     looks_like_path = name.startswith((".", "/", "~")) or path.is_absolute()
     match = _HUB_ID.fullmatch(name)
     if match is None or looks_like_path or name.endswith(".gguf"):
@@ -141,8 +143,13 @@ def locate(name: str, *, offline: bool = False) -> ModelSource:
 
 
 def _file(path: Path) -> ModelSource:
-    with path.open("rb") as file:
-        magic = file.read(4)
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise InvalidInput(f"{path}: not a regular file")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read ({error.strerror})") from None
     if magic != b"GGUF":
         kind = " (safetensors: give its folder)" if path.suffix == ".safetensors" else ""
         raise InvalidInput(f"{path}: not a GGUF file{kind}")

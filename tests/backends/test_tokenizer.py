@@ -106,7 +106,8 @@ def _same_as_llama_cpp(
         assert tokenizer.vocab_size == reference.size
         assert tokenizer.eos_ids == reference.ends()
         assert tokenizer.special_ids >= reference.control()
-        for token in range(reference.size):
+        # Every token of an ordinary vocabulary, a sample of a very large one.
+        for token in range(0, reference.size, 1 + reference.size // 60_000):
             assert tokenizer.token_bytes(token) == reference.piece(token), token
         for text in texts:
             for special in ways:

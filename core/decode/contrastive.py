@@ -43,7 +43,8 @@ class ContrastiveSearch:
         Candidates, 1..64; 1 is greedy decoding.
     chain : Chain
         Stages applied to the logits before candidates are taken. One that removes tokens may
-        leave fewer than ``k`` candidates.
+        leave fewer than ``k`` candidates; one with a state of its own (mirostat) begins anew at
+        every token.
 
     References
     ----------
@@ -107,7 +108,6 @@ class ContrastiveSearch:
         filtered = self.chain.apply(
             logits,
             history=[progress.history],
-            state=progress.chain,
             uniforms=lambda r, key: rng.uniform(request.row + r, position, draw=key),
         )
         probs, ids = (to_numpy(x)[0] for x in top_k(softmax(filtered), self.k))

@@ -19,10 +19,7 @@ class PromptArea(TextArea):
     What is pasted passes the terminal filter: it goes back to the terminal as one types.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "Send", priority=True),
-        Binding("shift+enter,ctrl+j", "newline", "New line", show=False, priority=True),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "send", "Send")]
 
     @dataclass
     class Sent(Message):
@@ -35,9 +32,17 @@ class PromptArea(TextArea):
         if self.text.strip():
             self.post_message(self.Sent(self.text))
 
-    def action_newline(self) -> None:
-        """Break the line."""
-        self.insert("\n")
+    async def _on_key(self, event: events.Key) -> None:
+        # Here and not as priority bindings: those overtake letters that are still on their way.
+        if event.key in ("enter", "shift+enter", "ctrl+j"):
+            event.stop()
+            event.prevent_default()
+            if event.key == "enter":
+                self.action_send()
+            else:
+                self.insert("\n")
+            return
+        await super()._on_key(event)
 
     def load_text(self, text: str) -> None:
         """Replace the text, filtered."""

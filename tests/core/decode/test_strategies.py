@@ -24,7 +24,7 @@ from steersman.core.decode.rng import Rng
 from steersman.core.decode.sessions import Sessions
 from steersman.core.decode.types import Request
 from steersman.core.errors import UsageError
-from steersman.core.logits import Chain, Penalties, Temperature, TopK
+from steersman.core.logits import Chain, Mirostat, Penalties, Temperature, TopK
 
 GREEDY = Sample(chain=Chain((Temperature(t=0),)))
 PROMPT = (0, 1, 2)
@@ -283,6 +283,12 @@ def test_every_strategy_runs_its_chain(name: str) -> None:
         if name != "dola"
     }
     assert len(texts) <= 1
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_takes_a_stage_with_state(name: str) -> None:
+    strategy = STRATEGIES[name](chain=Chain((Mirostat(tau=3.0),)))
+    assert end(run(ToyTransformer(layers=4), strategy, prompt=tuple(b"state"))).token_ids
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 from steersman.core.errors import InvalidInput, MissingFile
 
-from .gguf import open_regular
+from .gguf_cursor import open_regular
 from .tokenizer import read_json
 
 MAX_HEADER_BYTES = 1 << 25

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steersman.backends.files import gguf as reader
+from steersman.backends.files import gguf_cursor as reader
 from steersman.backends.files.gguf import GGML_TYPES, raw_tensor, read_header, read_tensor
 from steersman.core.errors import InvalidInput, MissingFile, SteersmanError
 

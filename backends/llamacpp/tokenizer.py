@@ -28,6 +28,9 @@ class LlamaTokenizer:
         bos = int(llama.llama_vocab_bos(vocab))
         self._bos = bos if 0 <= bos < self._size else None
         self._add_bos = bool(llama.llama_vocab_get_add_bos(vocab)) and self._bos is not None
+        eos = llama.llama_vocab_eos(vocab)
+        # The one that chat templates mean by ``eos_token``.
+        self.eos_id: int | None = eos if eos >= 0 else None
         template = llama.llama_model_chat_template(handle.pointer, None)
         self._template = None if template is None else template.decode("utf-8", "replace")
         self._bytes: dict[int, bytes] = {}

@@ -1,0 +1,73 @@
+"""How the chat looks: SVG snapshots, taken after key presses.
+
+Update them with ``scripts/test tests/tui/test_snapshots.py --snapshot-update`` and look at the
+result before committing it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from test_app import Scripted, build, say, until
+from textual.widgets import Input
+
+from steersman.tui.screens.choose import ChooseScreen
+
+REPLY = """\
+Three rivers, with their **lengths**:
+
+| river | km |
+|-------|----|
+| Nile  | 6650 |
+| Rhine | 1233 |
+
+1. They all reach the sea.
+2. `None` of them flows uphill.
+
+```python
+print("delta")
+```
+"""
+SIZE = (96, 34)
+
+
+async def stand_still(pilot: Any) -> None:
+    """Set what a clock decides: the cursor's blinking and the speed."""
+    pilot.app.prompt.cursor_blink = False
+    pilot.app.status.speed = 0.0
+    await pilot.pause()
+
+
+async def converse(pilot: Any) -> None:
+    await say(pilot.app, pilot, "Name rivers.\nUse a table.")
+    await stand_still(pilot)
+
+
+def test_first_screen(snap_compare: Any) -> None:
+    assert snap_compare(build(), terminal_size=SIZE, run_before=stand_still)
+
+
+def test_an_answer(snap_compare: Any) -> None:
+    assert snap_compare(build(Scripted(REPLY)), terminal_size=SIZE, run_before=converse)
+
+
+def test_choosing_a_profile(snap_compare: Any) -> None:
+    async def ask(pilot: Any) -> None:
+        await converse(pilot)
+        await pilot.press("f2")
+        await until(pilot, lambda: isinstance(pilot.app.screen, ChooseScreen))
+        pilot.app.screen.query_one(Input).cursor_blink = False
+        await pilot.press("d", "o", "l")
+        await pilot.pause()
+
+    assert snap_compare(build(Scripted(REPLY)), terminal_size=SIZE, run_before=ask)
+
+
+def test_controls_are_shown(snap_compare: Any) -> None:
+    model = Scripted("a\x1b[2Jb\x07c\u202ed")
+
+    async def ask(pilot: Any) -> None:
+        await say(pilot.app, pilot, "evil\x1b]52;c;eA==\x07")
+        await stand_still(pilot)
+
+    assert snap_compare(build(model), terminal_size=SIZE, run_before=ask)

@@ -78,8 +78,11 @@ class Probe:
         missing = max(0, self.length - len(tokens))
         tokens = tokens + [int(i) for i in rng.choice(plain, missing)]
         self.tokens: list[int] = [int(t) for t in tokens[: self.length]]
-        # Tokens that do not continue the text: wrong drafts, other branches.
-        self.other: list[int] = [int(i) for i in rng.choice(plain, 32)]
+        # Tokens that do not continue the text: wrong drafts, other branches. Words of the text in
+        # disorder, since after ids drawn from the whole vocabulary quantised models are all noise.
+        words = sorted(set(self.tokens) - special)
+        more = [int(i) for i in rng.choice(plain, 32)]
+        self.other: list[int] = [*(int(i) for i in rng.permutation(words)), *more][:32]
         self.short = self.tokens[:12]
         everything = Capability.ALL_LOGITS in model.capabilities
         self.want: Literal["last", "all"] = "all" if everything else "last"

@@ -22,7 +22,7 @@ from typing import Any
 
 PROMPT = "The history of navigation begins with sailors who stayed within sight of the coast. " * 8
 FIVE_STAGES = [
-    {"repetition_penalty": {"penalty": 1.1}},
+    {"penalties": {"repetition": 1.1}},
     {"top_k": {"k": 40}},
     {"top_p": {"p": 0.95}},
     {"min_p": {"p": 0.05}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -62,7 +63,8 @@ def test_a_missing_capability_skips_its_checks_and_no_other_fails(gone: Capabili
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CHECKS))
 def test_engine_passes(engine_model: Model, name: str) -> None:
-    check = run_contract(engine_model, only=[name])[0]
+    # 72 tokens: longer than the 63 that llama.cpp computes at a time.
+    check = run_contract(engine_model, only=[name], length=72)[0]
     assert check.result == "passed", check
 
 
@@ -250,6 +252,25 @@ class SharedByAll(ToySession):
         SharedByAll.memory = (self, rows)
 
 
+class Interleaved(SharedByAll):
+    """The same, with threads that take turns."""
+
+    turns = threading.Barrier(2, timeout=10)
+
+    def _run(self, plan: Plan) -> Output:
+        if threading.current_thread() is not threading.main_thread():
+            self.turns.wait()
+        return super()._run(plan)
+
+
+class StatesOfFirstCall(OutputsChanged):
+    """States of later calls stand one position late."""
+
+    def change(self, plan: Plan, out: Output) -> Output:
+        late = {i: np.roll(h, 1, axis=1) if plan.start[0] else h for i, h in out.hidden.items()}
+        return replace(out, hidden=late)
+
+
 class HugeContext(ToySession):
     def __init__(self, model: Model, **options: Any) -> None:
         super().__init__(model, **{**options, "context": 100_000})
@@ -294,6 +315,8 @@ FAULTY_SESSIONS: dict[type[ToySession], set[str]] = {
     NoChecks: {"bad-calls"},
     NoLock: {"one-session"},
     SharedByAll: {"close"},
+    Interleaved: {"two-sessions"},
+    StatesOfFirstCall: {"hidden"},
     HugeContext: {"overflow"},
     OneTooMany: {"overflow"},
     ClosesOnce: {"close"},
@@ -312,9 +335,8 @@ def test_a_faulty_session_fails(faulty: type[ToySession], dtype: str) -> None:
     assert set(failures(run_contract(model, length=32, only=names))) == names
 
 
-def test_every_check_of_sessions_can_fail() -> None:
-    found = set().union(*FAULTY_SESSIONS.values()) | set(FAULTY_MODELS)
-    assert found | {"hidden", "two-sessions"} == set(CHECKS)
+def test_every_check_is_seen_to_fail() -> None:
+    assert set().union(*FAULTY_SESSIONS.values()) | set(FAULTY_MODELS) == set(CHECKS)
 
 
 class OffByOneToken(ToyTokenizer):
@@ -325,10 +347,6 @@ class OffByOneToken(ToyTokenizer):
 class AlwaysSpecial(ToyTokenizer):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return super().encode(text, special=True)
-
-
-class EndsNowhere(ToyTokenizer):
-    eos_ids = frozenset()  # type: ignore[assignment]
 
 
 def _recast(tokenizer: ToyTokenizer, kind: type[ToyTokenizer]) -> ToyTokenizer:

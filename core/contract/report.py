@@ -86,10 +86,11 @@ ROUNDING = {
 }
 # bfloat16, float16 and quantised weights. A logit may move by 0.6 (bfloat16, one-token kernels), by
 # 0.75 (llama.cpp, shared cells in another order) or 1.3 (K-quants, few rows) while the distribution
-# hardly does: measured mean divergences are 0.001 to 0.003 nats, single positions up to 0.13.
-# Wrong positions or masks move it by tenths of a nat. One stale position among many may hide below
-# this bound; float32 on the same engine, or a batch-invariant setting, shows it.
-COARSE = Bound(logit=None, kl_mean=0.01, kl_max=0.25, relative=0.05, absolute=0.05)
+# hardly does: measured mean divergences are 0.001 to 0.003 nats over many positions, up to 0.009
+# over two, single positions up to 0.13. Wrong positions or masks move it by tenths of a nat. One
+# stale position among many may hide below this bound; float32 on the same engine, or a
+# batch-invariant setting, shows it.
+COARSE = Bound(logit=None, kl_mean=0.02, kl_max=0.25, relative=0.05, absolute=0.05)
 
 
 def bound_for(info: ModelInfo, *, invariance: bool) -> Bound:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import on, work
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.screen import ModalScreen, Screen
+from textual.screen import ModalScreen
 from textual.widgets import Footer, Markdown
 
 from steersman.core.errors import SteersmanError
@@ -23,6 +22,7 @@ from .history import History, Message
 from .safe_text import show_line
 from .screens.choose import Choice, ChooseScreen
 from .screens.link import LinkScreen
+from .switching import Switching
 from .widgets.message import AnswerMessage, UserMessage
 from .widgets.prompt import PromptArea
 from .widgets.status import StatusLine
@@ -33,7 +33,7 @@ WELCOME = (
 )
 
 
-class SteersmanApp(App[None]):
+class SteersmanApp(Switching):
     """Chat with a local model, and change how it decodes on the way.
 
     Parameters
@@ -136,7 +136,7 @@ class SteersmanApp(App[None]):
     async def on_mount(self) -> None:
         """Show the first line of advice and what will answer."""
         self.transcript.anchor()
-        self._refresh_status()
+        self.refresh_status()
         await self._show_thread()
         self.prompt.focus()
 
@@ -155,7 +155,8 @@ class SteersmanApp(App[None]):
         """The bottom line."""
         return self.query_one("#status", StatusLine)
 
-    def _refresh_status(self) -> None:
+    def refresh_status(self) -> None:
+        """Show what will answer, and how full the context is."""
         wanted = self.engine.args.resolve(self.profile)
         status = self.status
         status.model = str(wanted["model"]).rsplit("/", 1)[-1]
@@ -233,7 +234,7 @@ class SteersmanApp(App[None]):
     def _started(self, event: messages.AnswerStarted) -> None:
         if (view := self._current(event.answer)) is not None:
             view.set_label(event.label)
-            self._refresh_status()
+            self.refresh_status()
             self.status.state = "reading"
 
     @on(messages.AnswerProgress)
@@ -284,7 +285,7 @@ class SteersmanApp(App[None]):
 
     def _end_answer(self, speed: float = 0.0) -> None:
         self._answer = self._view = None
-        self._refresh_status()
+        self.refresh_status()
         self.status.state, self.status.speed = "ready", speed
 
     def action_cancel(self) -> None:
@@ -317,15 +318,6 @@ class SteersmanApp(App[None]):
         await self._rewind(asked.id)
         await self._begin_answer()
 
-    def action_regenerate_with(self) -> None:
-        """Choose a profile, then answer again."""
-
-        async def chosen(name: str | None) -> None:
-            if name is not None and self._set_profile(name):
-                await self.action_regenerate()
-
-        self._ask_profile(chosen)
-
     async def action_edit_last(self) -> None:
         """Take the last message back into the input; sending it makes another version."""
         asked = next((m for m in reversed(self.thread) if m.role == "user"), None)
@@ -347,59 +339,6 @@ class SteersmanApp(App[None]):
                 if 0 <= place < len(versions):
                     await self._rewind(self.history.newest_leaf(versions[place]))
                 return
-
-    # -- switching -------------------------------------------------------------------------
-
-    def _ask_profile(self, then: Callable[[str | None], Any]) -> None:
-        from steersman.core.profile import list_profiles
-
-        choices = [Choice(e.name, e.name, e.error or e.description) for e in list_profiles()]
-        self.push_screen(ChooseScreen("Profile", choices, current=self.profile.name), then)
-
-    def action_choose_profile(self) -> None:
-        """Choose how to decode from the next answer on."""
-        self._ask_profile(lambda name: name and self._set_profile(name))
-
-    def _set_profile(self, name: str) -> bool:
-        from steersman.core.profile import load_profile
-
-        try:
-            self.profile = load_profile(name)
-        except SteersmanError as exc:
-            self.notify(show_line(str(exc)), severity="error", markup=False)
-            return False
-        self._refresh_status()
-        return True
-
-    def action_choose_model(self) -> None:
-        """Choose a known, installed or cached model, or type a path or hub id."""
-        from steersman.core.locate import list_models
-
-        choices = [Choice(m.name, m.name, m.description) for m in list_models() if m.installed]
-        current = str(self.engine.args.resolve(self.profile)["model"])
-        screen = ChooseScreen("Model", choices, current=current, free=True)
-        self.push_screen(screen, self._switcher("model"))
-
-    def action_choose_backend(self) -> None:
-        """Choose an engine."""
-        from steersman.core.backend import BACKENDS, known_backends, missing_modules
-
-        choices = [Choice("auto", "auto", "the first installed engine that suits the file")]
-        for name in known_backends():
-            missing = missing_modules(name)
-            remark = f"not installed: {BACKENDS[name].install}" if missing else ""
-            choices.append(Choice(name, name, remark))
-        current = str(self.engine.args.resolve(self.profile).get("backend", "auto"))
-        screen = ChooseScreen("Engine", choices, current=current)
-        self.push_screen(screen, self._switcher("backend"))
-
-    def _switcher(self, what: str) -> Callable[[str | None], None]:
-        def chosen(name: str | None) -> None:
-            if name is not None:
-                self.engine.choose(**{what: name})
-                self._refresh_status()
-
-        return chosen
 
     # -- conversations -----------------------------------------------------------------------
 
@@ -467,42 +406,11 @@ class SteersmanApp(App[None]):
 
         self.push_screen(LinkScreen(event.href), answered)
 
-    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """Fill the command palette: every action, and every profile by name."""
-        from steersman.core.profile import list_profiles
-
-        for binding in self.BINDINGS:
-            if isinstance(binding, Binding) and binding.tooltip and binding.key != "escape":
-                yield SystemCommand(
-                    binding.description, binding.tooltip, _runner(self, binding.action)
-                )
-        yield SystemCommand("Export", "Write this conversation to a file", self.action_export)
-        yield SystemCommand("Delete", "Delete this conversation", _runner(self, "delete"))
-        yield SystemCommand(
-            "Truncate", "Cut conversations that do not fit, or refuse them",
-            self.action_toggle_truncate,
-        )  # fmt: skip
-        for entry in list_profiles():
-            if not entry.error:
-                yield SystemCommand(
-                    f"Profile: {show_line(entry.name)}",
-                    show_line(entry.description),
-                    lambda name=entry.name: self._set_profile(name),
-                )
-        yield from super().get_system_commands(screen)
-
     async def on_unmount(self) -> None:
         """Stop the answer and free the model."""
         if self._answer is not None:
             self._answer.cancel.set()
         self.history.close()
-
-
-def _runner(app: App[Any], action: str) -> Callable[[], Any]:
-    async def run() -> None:
-        await app.run_action(action)
-
-    return run
 
 
 def _ended(reason: str) -> str:

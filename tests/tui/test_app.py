@@ -290,7 +290,7 @@ async def test_no_control_character_reaches_the_terminal() -> None:
             await pilot.press("escape")
             await pilot.pause()
         app.engine.choose(model=evil)
-        app._refresh_status()
+        app.refresh_status()
         await pilot.pause()
         assert is_safe(screen_text(app))
 

@@ -33,7 +33,7 @@ SIZE = (96, 34)
 
 async def stand_still(pilot: Any) -> None:
     """Set what a clock decides: the cursor's blinking and the speed."""
-    pilot.app.prompt.cursor_blink = False
+    pilot.app.prompt.show_cursor = False
     pilot.app.status.speed = 0.0
     await pilot.pause()
 
@@ -56,8 +56,10 @@ def test_choosing_a_profile(snap_compare: Any) -> None:
         await converse(pilot)
         await pilot.press("f2")
         await until(pilot, lambda: isinstance(pilot.app.screen, ChooseScreen))
-        pilot.app.screen.query_one(Input).cursor_blink = False
+        field = pilot.app.screen.query_one(Input)
+        field.cursor_blink = False
         await pilot.press("d", "o", "l")
+        field._cursor_visible = True
         await pilot.pause()
 
     assert snap_compare(build(Scripted(REPLY)), terminal_size=SIZE, run_before=ask)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from test_app import Scripted, build, say, until
-from textual.widgets import Input
 
 from steersman.tui.screens.choose import ChooseScreen
+from steersman.tui.widgets.status import StatusLine
 
 REPLY = """\
 Three rivers, with their **lengths**:
@@ -32,9 +32,9 @@ SIZE = (96, 34)
 
 
 async def stand_still(pilot: Any) -> None:
-    """Set what a clock decides: the cursor's blinking and the speed."""
-    pilot.app.prompt.show_cursor = False
-    pilot.app.status.speed = 0.0
+    """Set what a clock decides: the cursor blinks where the focus is, and there is a speed."""
+    pilot.app.screen.set_focus(None)
+    pilot.app.screen_stack[0].query_one(StatusLine).speed = 0.0
     await pilot.pause()
 
 
@@ -56,11 +56,8 @@ def test_choosing_a_profile(snap_compare: Any) -> None:
         await converse(pilot)
         await pilot.press("f2")
         await until(pilot, lambda: isinstance(pilot.app.screen, ChooseScreen))
-        field = pilot.app.screen.query_one(Input)
-        field.cursor_blink = False
         await pilot.press("d", "o", "l")
-        field._cursor_visible = True
-        await pilot.pause()
+        await stand_still(pilot)
 
     assert snap_compare(build(Scripted(REPLY)), terminal_size=SIZE, run_before=ask)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .profile import Profile as Profile
     from .profile import list_profiles as list_profiles
     from .profile import load_profile as load_profile
-    from .rerank import rerank as rerank
+    from .reranking import rerank as rerank
 
 _HOMES = {
     "Generation": "api",
@@ -37,7 +37,7 @@ _HOMES = {
     "Profile": "profile",
     "list_profiles": "profile",
     "load_profile": "profile",
-    "rerank": "rerank",
+    "rerank": "reranking",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,8 +6,8 @@ time. The one verb of a session is :meth:`Session.forward`: *keep the first toke
 append these, and return that*. Going back, forking, draft trees, soft tokens and blocks with full
 attention are all fields of the same small value, :class:`Forward`.
 
-All checks of arguments live in :mod:`.session`, once, so that no adapter can be made to crash (or to answer
-nonsense) by a bad index; adapters implement :meth:`Session._run` on a checked :class:`Plan`.
+All checks of arguments live in :mod:`.session`, once, so that no adapter can be made to crash (or
+to answer nonsense) by a bad index; adapters implement :meth:`Session._run` on a :class:`Plan`.
 
 Conventions
 -----------

@@ -206,6 +206,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu", help="device of the torch comparisons")
+    parser.add_argument("--setting", choices=["reproducible", "fast"], default="reproducible")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.threads:
@@ -228,16 +229,17 @@ def main() -> int:
 
     def report(row: dict[str, Any], model: Any) -> None:
         row["threads"] = model.info.threads
+        row["setting"] = args.setting
         rows.append(row)
         if not args.json:
             print(
                 f"{row['comparison']}: {row['ours_tok_s']} against {row['theirs_tok_s']} tok/s, "
                 f"ratio {row['speed_ratio']} (range {row['ratio_range']}, goal {row['goal']}), "
-                f"first token {row['first_token_ratio']}, threads {row['threads']}",
+                f"first token {row['first_token_ratio']}, threads {row['threads']}, {args.setting}",
                 flush=True,
             )
 
-    options = {"context": 2048, "threads": args.threads}
+    options = {"context": 2048, "threads": args.threads, "setting": args.setting}
     if wanted("mlx"):  # first: a fast BLAS must be there before anything else loads mlx
         with load("smollm2", backend="mlx", dtype="float32", **options) as model:
             theirs = engine(model, mlx_tokens())

@@ -30,10 +30,10 @@ import numpy as np
 
 from steersman.core import load
 from steersman.core.decode.rng import Rng
-from steersman.core.rerank import First, Generate, Reranker
-from steersman.core.rerank.evaluate import Measured, bootstrap_interval, compare, evaluate
-from steersman.core.rerank.io import Request, dump_line, open_text, read_requests, with_title
-from steersman.core.rerank.job import (
+from steersman.core.reranking import First, Generate, Reranker
+from steersman.core.reranking.evaluate import Measured, bootstrap_interval, compare, evaluate
+from steersman.core.reranking.io import Request, dump_line, open_text, read_requests, with_title
+from steersman.core.reranking.job import (
     RecordLog,
     digest_files,
     job_settings,
@@ -41,7 +41,7 @@ from steersman.core.rerank.job import (
     shuffle,
     write_run_from_log,
 )
-from steersman.core.rerank.trec import read_qrels, read_run, read_texts, write_run
+from steersman.core.reranking.trec import read_qrels, read_run, read_texts, write_run
 
 Qrels = dict[str, dict[str, int]]
 SHUFFLE_SEED = 1

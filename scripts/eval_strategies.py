@@ -32,7 +32,7 @@ from steersman.core.array import array_namespace, to_numpy
 from steersman.core.decode.dola import DoLa, contrast_layers
 from steersman.core.model import Capability, Forward, Model
 from steersman.core.ops import log_softmax
-from steersman.core.rerank.evaluate import bootstrap_interval
+from steersman.core.reranking.evaluate import bootstrap_interval
 
 Record = Mapping[str, Any]
 PROFILES = ("greedy", "contrastive", "balanced", "creative", "mirostat")

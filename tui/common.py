@@ -130,6 +130,7 @@ class ModelArgs:
     threads: int | None = None
     dtype: str | None = None
     device: str | None = None
+    setting: str | None = None
     offline: bool = False
 
     def resolve(self, profile: Profile | None = None) -> dict[str, Any]:
@@ -142,6 +143,7 @@ class ModelArgs:
             "threads": self.threads,
             "dtype": self.dtype,
             "device": self.device,
+            "setting": self.setting,
         }
         wanted.update({k: v for k, v in said.items() if v is not None})
         wanted.setdefault("model", DEFAULT_MODEL)
@@ -150,7 +152,7 @@ class ModelArgs:
 
 model_options = _stack(
     _collect(
-        ["model", "backend", "ctx_size", "threads", "dtype", "device", "offline"],
+        ["model", "backend", "ctx_size", "threads", "dtype", "device", "setting", "offline"],
         "model_args",
         ModelArgs,
     ),
@@ -167,6 +169,12 @@ model_options = _stack(
     option("-t", "--threads", type=Finite(1, 4096, whole=True), help="CPU threads."),
     option("--dtype", metavar="NAME", help="Number format of the weights [auto]."),
     option("--device", metavar="NAME", help="cpu, cuda, mps ... [auto]."),
+    option(
+        "--setting",
+        type=click.Choice(["reproducible", "fast"]),
+        help="reproducible: the same logits however a prompt is cut, as far as the engine can "
+        "[reproducible].",
+    ),
     option("--offline", is_flag=True, help="Never ask the hub."),
 )  # fmt: skip
 

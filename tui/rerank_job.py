@@ -15,9 +15,9 @@ from . import common, output
 from .envelope import INVALID, PARTIAL, RUNTIME
 
 if TYPE_CHECKING:
-    from steersman.core.rerank.io import Request
-    from steersman.core.rerank.job import Outcome, RecordLog
-    from steersman.core.rerank.reranker import Reranker, WindowCall
+    from steersman.core.reranking.io import Request
+    from steersman.core.reranking.job import Outcome, RecordLog
+    from steersman.core.reranking.reranker import Reranker, WindowCall
 
 _SHOWN_PROBLEMS = 20
 
@@ -126,8 +126,8 @@ def requests(
     held : bytes, optional
         What stdin held, if it has been read already.
     """
-    from steersman.core.rerank.job import shuffle
-    from steersman.core.rerank.trec import check_trec_names
+    from steersman.core.reranking.job import shuffle
+    from steersman.core.reranking.trec import check_trec_names
 
     for request in _source(args, problems, stack, held):
         request = request.head(args.top_k_candidates)
@@ -143,8 +143,8 @@ def requests(
 def _source(
     args: Args, problems: Problems, stack: ExitStack, held: bytes | None
 ) -> Iterable[Request]:
-    from steersman.core.rerank.io import open_text, read_requests
-    from steersman.core.rerank.trec import read_run, read_texts, run_requests
+    from steersman.core.reranking.io import open_text, read_requests
+    from steersman.core.reranking.trec import read_run, read_texts, run_requests
 
     if args.run is None:
         lines: Iterable[bytes]
@@ -190,9 +190,9 @@ def run_rerank(
     args: Args, model_args: common.ModelArgs, problems: Problems, stack: ExitStack
 ) -> None:
     """Open the model and rank every query; ``stack`` closes what was opened."""
-    from steersman.core.rerank import First, Generate, Reranker
-    from steersman.core.rerank.job import run_job
-    from steersman.core.rerank.prompt import read_prompt
+    from steersman.core.reranking import First, Generate, Reranker
+    from steersman.core.reranking.job import run_job
+    from steersman.core.reranking.prompt import read_prompt
 
     envelope = problems.envelope
     prompt = None if args.prompt_file is None else read_prompt(args.prompt_file)
@@ -264,7 +264,7 @@ def _open_log(
     envelope: common.Envelope,
     stack: ExitStack,
 ) -> RecordLog | None:
-    from steersman.core.rerank.job import RecordLog, digest, digest_files, job_settings
+    from steersman.core.reranking.job import RecordLog, digest, digest_files, job_settings
 
     if held is not None:
         made_of = digest(held)
@@ -289,7 +289,7 @@ def _open_log(
 
 def _finish(args: Args, log: RecordLog, problems: Problems) -> None:
     """Write the run from the records, and tidy up."""
-    from steersman.core.rerank.job import write_run_from_log
+    from steersman.core.reranking.job import write_run_from_log
 
     envelope = problems.envelope
     if args.output_trec_file is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING
 
+from steersman.core.errors import UsageError
+
 if TYPE_CHECKING:
     from steersman.core.locate import ModelSource
 
@@ -37,6 +39,7 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    setting: str = "reproducible",
 ) -> MLXModel:
     """Open a GGUF file or a Hugging Face folder.
 
@@ -52,6 +55,9 @@ def open_model(
     threads : int, optional
         Threads of the BLAS on the CPU build, which numpy shares; default ``$STEERSMAN_THREADS``,
         else what the BLAS chose.
+    setting : {"reproducible", "fast"}
+        The same here: matrix products of other shapes round differently in mlx, so logits move by
+        about 5e-5 with the way a prompt is cut, and ``info.batch_invariant`` is False.
 
     Raises
     ------
@@ -62,6 +68,8 @@ def open_model(
     MissingFile, InvalidInput
         The folder or file is not what it should be, or not a model that mlx-lm computes rightly.
     """
+    if setting not in ("reproducible", "fast"):
+        raise UsageError(f"setting {setting!r}: unknown; known: reproducible, fast")
     from .load import open_model as load
 
     return load(source, context=context, dtype=dtype, device=device, threads=threads)

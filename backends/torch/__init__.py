@@ -39,7 +39,7 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     path: str = "auto",
-    batch_invariant: bool = False,
+    setting: str = "reproducible",
 ) -> TorchModel:
     """Open a Hugging Face folder, or a GGUF file by way of its converted folder.
 
@@ -58,11 +58,11 @@ def open_model(
         ``$STEERSMAN_THREADS``, else what torch chose.
     path : {"auto", "native", "hf"}
         Which implementation computes; "auto" takes the native one where it knows the architecture.
-    batch_invariant : bool
-        Ask for the same bits however a prompt is cut into calls and whatever else is in the batch
-        (native path on CPU, float32 or float16). Without it, a token alone takes faster kernels
-        and its logits differ by about 3e-5 in float32. ``info.batch_invariant`` says whether a
-        probe found it to hold.
+    setting : {"reproducible", "fast"}
+        "reproducible" gives the same bits however a prompt is cut into calls and whatever else is
+        in the batch, where this engine can (native path on CPU, float32 or float16);
+        ``info.batch_invariant`` says whether a probe found it to hold. "fast" lets a token alone
+        take faster kernels; its logits then differ by about 3e-5 in float32.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def open_model(
         device=device,
         threads=threads,
         path=path,
-        batch_invariant=batch_invariant,
+        setting=setting,
     )
 
 

@@ -26,6 +26,7 @@ from .native import NativeModel
 DTYPES = ("auto", "float32", "bfloat16", "float16", "q4")
 _STRICT = ("float32", "float16")
 PATHS = ("auto", "native", "hf")
+SETTINGS = ("reproducible", "fast")
 
 
 def open_model(
@@ -36,11 +37,12 @@ def open_model(
     device: str,
     threads: int | None,
     path: str,
-    batch_invariant: bool,
+    setting: str,
 ) -> TorchModel:
     """Open a model; see :func:`steersman.backends.torch.open_model`."""
     _one_of("--dtype", dtype, DTYPES)
     _one_of("path", path, PATHS)
+    _one_of("setting", setting, SETTINGS)
     place = pick_device(device)
     set_threads(threads)
     if dtype == "auto":
@@ -57,13 +59,8 @@ def open_model(
         raise UsageError(f"{source.path}: {what} cannot be used: {reason}")
     if path == "hf" and stored:
         raise UsageError(f"--dtype {dtype}: not with path 'hf', which knows float32 and bfloat16")
-    if batch_invariant and (
-        reason is not None or path == "hf" or place.type != "cpu" or dtype not in _STRICT
-    ):
-        raise UsageError(
-            f"batch_invariant: only on CPU, with --dtype {' or '.join(_STRICT)} and the native path"
-        )
     native = path == "native" or (path == "auto" and reason is None)
+    strict = setting == "reproducible" and native and place.type == "cpu" and dtype in _STRICT
     tokenizer: Tokenizer = open_tokenizer(folder)
     info = _info(source, file, values, dtype=dtype, place=place, context=context, native=native)
     if native:
@@ -74,7 +71,7 @@ def open_model(
             info,
             tokenizer,
             place,
-            strict=batch_invariant,
+            strict=strict,
         )
     else:
         from .hf import HFModel, load_module  # imports transformers, one second
@@ -84,9 +81,9 @@ def open_model(
         hf = HFModel(info, tokenizer, place, compute, module)
         hf.check()
         model = hf
-    # Without the option a token alone takes other kernels, and a short probe may miss it (in
+    # Otherwise a token alone takes other kernels, and a short probe may miss it (in
     # bfloat16 many logits of one layer round to the same bits).
-    model.info = replace(model.info, batch_invariant=batch_invariant and _batch_invariant(model))
+    model.info = replace(model.info, batch_invariant=strict and _batch_invariant(model))
     return model
 
 

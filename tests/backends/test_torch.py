@@ -161,7 +161,7 @@ def test_contract(name: str, path: str, opened: Opener) -> None:
 def test_contract_bit_for_bit(name: str, dtype: str, opened: Opener) -> None:
     """Where the probe says ``batch_invariant``, the contract suite's bounds are zero."""
     try:
-        model = opened(name, "native", dtype=dtype, batch_invariant=True)
+        model = opened(name, "native", dtype=dtype, setting="reproducible")
     except MissingDependency as error:
         pytest.skip(str(error))
     if not model.info.batch_invariant:
@@ -421,8 +421,7 @@ def test_parameters_can_be_trained_on_the_general_path(opened: Opener) -> None:
         ({"context": 513}, UsageError, "trained on 1..512"),
         ({"dtype": "q4"}, UsageError, "no GGUF"),
         ({"dtype": "float16", "path": "hf"}, UsageError, "float32 and bfloat16"),
-        ({"batch_invariant": True, "dtype": "bfloat16"}, UsageError, "float32 or float16"),
-        ({"batch_invariant": True, "path": "hf"}, UsageError, "native path"),
+        ({"setting": "fats"}, UsageError, "did you mean 'fast'"),
     ],
 )
 def test_options_that_cannot_be(

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from rerank_toys import JudgeModel
 
-from steersman.core.rerank.reader import WindowReader
-from steersman.core.rerank.trec import read_run
+from steersman.core.reranking.reader import WindowReader
+from steersman.core.reranking.trec import read_run
 from steersman.tui.cli import main
 
 

@@ -60,8 +60,8 @@ def command(
     The values are those of ir-measures on the same files. Every judged query counts; one that the
     run lacks counts 0. Tied scores are counted and each measure's rule for them is named.
     """  # fmt: skip
-    from steersman.core.rerank import evaluate as ev
-    from steersman.core.rerank.trec import read_qrels
+    from steersman.core.reranking import evaluate as ev
+    from steersman.core.reranking.trec import read_qrels
 
     with common.Envelope("eval") as envelope:
         envelope.inputs.update(run=run, qrels=qrels, compare=compare)
@@ -102,8 +102,8 @@ def _measure(
     doubt: dict[str, Any],
     envelope: common.Envelope,
 ) -> list[Any]:
-    from steersman.core.rerank import evaluate as ev
-    from steersman.core.rerank.trec import read_run
+    from steersman.core.reranking import evaluate as ev
+    from steersman.core.reranking.trec import read_run
 
     hits = read_run(path)
     run = {qid: {hit.docid: hit.score for hit in found} for qid, found in hits.items()}

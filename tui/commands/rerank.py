@@ -136,9 +136,9 @@ def _check(args: Args) -> None:
         raise UsageError(f"--tag {args.tag!r}: must be one word")
     if args.method != "first" and (args.permutations != 1 or args.content_free):
         raise UsageError("--permutations and --content-free go with --method first")
-    from steersman.core.rerank.job import refuse_existing
-    from steersman.core.rerank.trec import require_file
-    from steersman.core.rerank.windows import check_window
+    from steersman.core.reranking.job import refuse_existing
+    from steersman.core.reranking.trec import require_file
+    from steersman.core.reranking.windows import check_window
 
     check_window(args.window_size, args.step, args.num_passes)
     for path in (*args.files, *([args.prompt_file] if args.prompt_file else [])):
@@ -154,8 +154,8 @@ def _check(args: Args) -> None:
 
 def _look(args: Args, problems: Problems) -> None:
     """Read all input and report; no model is loaded."""
-    from steersman.core.rerank.prompt import read_prompt
-    from steersman.core.rerank.windows import windows
+    from steersman.core.reranking.prompt import read_prompt
+    from steersman.core.reranking.windows import windows
 
     if args.prompt_file is not None:
         read_prompt(args.prompt_file)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rerank_toys import JudgeModel, passages, spell
 
-from steersman.core.rerank import Generate, rerank
-from steersman.core.rerank.generate import parse_permutation
-from steersman.core.rerank.identifiers import LETTERS
+from steersman.core.reranking import Generate, rerank
+from steersman.core.reranking.generate import parse_permutation
+from steersman.core.reranking.identifiers import LETTERS
 
 
 @pytest.mark.parametrize(

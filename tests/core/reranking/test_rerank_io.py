@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rerank_toys import JudgeModel
 
 from steersman.core.errors import InvalidInput, MissingFile
-from steersman.core.rerank import rerank
-from steersman.core.rerank.io import (
+from steersman.core.reranking import rerank
+from steersman.core.reranking.io import (
     dump_line,
     open_text,
     parse_request,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from steersman.core.errors import UsageError
-from steersman.core.rerank.evaluate import (
+from steersman.core.reranking.evaluate import (
     bootstrap_interval,
     compare,
     count_ties,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steersman.core.rerank.evaluate import evaluate
+from steersman.core.reranking.evaluate import evaluate
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "eval_rerank.py"
 

@@ -9,8 +9,8 @@ from rerank_toys import JudgeModel, merging_tokenizer
 from toys import CHATML, ToyTokenizer, byte_tokenizer
 
 from steersman.core.errors import InvalidInput, MissingFile
-from steersman.core.rerank.identifiers import LETTERS, find_identifiers
-from steersman.core.rerank.prompt import (
+from steersman.core.reranking.identifiers import LETTERS, find_identifiers
+from steersman.core.reranking.prompt import (
     Prompt,
     count_words,
     cut_words,
@@ -143,7 +143,7 @@ def test_vocabulary_without_letters_is_refused():
 def test_merging_tokenizer_ranks_like_any_other():
     from rerank_toys import passages
 
-    from steersman.core.rerank import rerank
+    from steersman.core.reranking import rerank
 
     texts = passages([1, 3, 2])
     assert rerank(JudgeModel(tokenizer=merging_tokenizer()), "q", texts).indices == (1, 2, 0)

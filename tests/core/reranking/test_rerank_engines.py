@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from steersman.core.model import Forward
-from steersman.core.rerank import Generate, Prompt, Reranker
-from steersman.core.rerank.identifiers import LETTERS
-from steersman.core.rerank.reader import WindowReader
+from steersman.core.reranking import Generate, Prompt, Reranker
+from steersman.core.reranking.identifiers import LETTERS
+from steersman.core.reranking.reader import WindowReader
 
 pytestmark = pytest.mark.weights
 

@@ -17,9 +17,9 @@ from steersman.core.errors import (
     UsageError,
 )
 from steersman.core.model import Capability
-from steersman.core.rerank import First, Reranker, rerank
-from steersman.core.rerank.first import order_by_score
-from steersman.core.rerank.reader import WindowReader
+from steersman.core.reranking import First, Reranker, rerank
+from steersman.core.reranking.first import order_by_score
+from steersman.core.reranking.reader import WindowReader
 
 
 def test_order_of_four_logits():
@@ -299,7 +299,7 @@ def test_own_method_object():
         logit_kind = "none"
 
         def compare(self, reader, query, texts):
-            from steersman.core.rerank.reader import Comparison
+            from steersman.core.reranking.reader import Comparison
 
             return Comparison(order=tuple(reversed(range(len(texts)))))
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steersman.core.errors import UsageError
-from steersman.core.rerank import distill_query
-from steersman.core.rerank.feedback import weighted_ranknet
+from steersman.core.reranking import distill_query
+from steersman.core.reranking.feedback import weighted_ranknet
 
 PASSAGES = [[1, 0], [0.8, 0.6], [0, 1]]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.core.errors import UsageError
-from steersman.core.rerank import windows
-from steersman.core.rerank.windows import check_window
+from steersman.core.reranking import windows
+from steersman.core.reranking.windows import check_window
 
 
 def test_published_setting():

@@ -11,9 +11,9 @@ import pytest
 from rerank_toys import JudgeModel
 
 from steersman.core.errors import Cancelled, InvalidInput, UsageError
-from steersman.core.rerank import First, Reranker
-from steersman.core.rerank.io import Candidate, Request
-from steersman.core.rerank.job import (
+from steersman.core.reranking import First, Reranker
+from steersman.core.reranking.io import Candidate, Request
+from steersman.core.reranking.job import (
     RecordLog,
     digest_files,
     job_settings,
@@ -21,7 +21,7 @@ from steersman.core.rerank.job import (
     shuffle,
     write_run_from_log,
 )
-from steersman.core.rerank.trec import read_run
+from steersman.core.reranking.trec import read_run
 
 SETTINGS = {"method": "first", "window": 4}
 
@@ -201,8 +201,8 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_rerank_job import SETTINGS, requests
 from rerank_toys import JudgeModel
-from steersman.core.rerank import Reranker
-from steersman.core.rerank.job import RecordLog, run_job
+from steersman.core.reranking import Reranker
+from steersman.core.reranking.job import RecordLog, run_job
 
 class Slow(JudgeModel):
     def logits(self, text):

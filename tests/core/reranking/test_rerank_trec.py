@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.core.errors import InvalidInput, UsageError
-from steersman.core.rerank import strictly_falling
-from steersman.core.rerank.io import Candidate, Request
-from steersman.core.rerank.ranking import slot_scores
-from steersman.core.rerank.trec import (
+from steersman.core.reranking import strictly_falling
+from steersman.core.reranking.io import Candidate, Request
+from steersman.core.reranking.ranking import slot_scores
+from steersman.core.reranking.trec import (
     check_trec_names,
     read_qrels,
     read_run,

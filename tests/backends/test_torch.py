@@ -233,7 +233,7 @@ def test_a_block_sees_both_ways_and_leaves_no_trace(name: str, path: str, opened
 
 def test_buffers_grow_without_a_trace(opened: Opener) -> None:
     """256 slots come first; rows cross that border one by one and in a chunk."""
-    model, ids = opened("llama", "native"), tokens(300)
+    model, ids = opened("llama", "native", setting="fast"), tokens(300)
     with model.session(max_rows=2, needs=EVERYTHING) as session:
         session.forward(Forward(keep=0, tokens=[ids[:254]], logits="none"))
         small = session.nbytes

@@ -30,6 +30,9 @@ FIVE_STAGES = [
 ]
 
 
+ONLY = ["llamacpp", "chain", "torch", "reproducible", "bfloat16", "q4", "mlx"]
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds to the first token (prefill included) and seconds per later token."""
@@ -201,12 +204,11 @@ def build(stages: list[Any]) -> Any:
 def main() -> int:
     """Parse arguments, run what is installed, print one line per comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["llamacpp", "chain", "torch", "bfloat16", "q4", "mlx"])
+    parser.add_argument("--only", choices=ONLY)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu", help="device of the torch comparisons")
-    parser.add_argument("--setting", choices=["reproducible", "fast"], default="reproducible")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.threads:
@@ -229,17 +231,16 @@ def main() -> int:
 
     def report(row: dict[str, Any], model: Any) -> None:
         row["threads"] = model.info.threads
-        row["setting"] = args.setting
         rows.append(row)
         if not args.json:
             print(
                 f"{row['comparison']}: {row['ours_tok_s']} against {row['theirs_tok_s']} tok/s, "
                 f"ratio {row['speed_ratio']} (range {row['ratio_range']}, goal {row['goal']}), "
-                f"first token {row['first_token_ratio']}, threads {row['threads']}, {args.setting}",
+                f"first token {row['first_token_ratio']}, threads {row['threads']}",
                 flush=True,
             )
 
-    options = {"context": 2048, "threads": args.threads, "setting": args.setting}
+    options = {"context": 2048, "threads": args.threads}
     if wanted("mlx"):  # first: a fast BLAS must be there before anything else loads mlx
         with load("smollm2", backend="mlx", dtype="float32", **options) as model:
             theirs = engine(model, mlx_tokens())
@@ -254,17 +255,23 @@ def main() -> int:
                 name = "llama.cpp five stages / greedy"
                 row = compare(name, loop(model, five), loop(model), args.pairs, 0.95)
                 report(row, model)
-    for only, dtype, base, goal in (
-        ("torch", "float32", "float32", 1.1),
-        ("bfloat16", "bfloat16", "bfloat16", 1.1),
-        ("q4", "q4", "float32", 1.8),
+    for only, dtype, base, setting, goal in (
+        ("torch", "float32", "float32", "fast", 1.1),
+        ("reproducible", "float32", "float32", "reproducible", None),
+        ("bfloat16", "bfloat16", "bfloat16", "fast", 1.1),
+        ("q4", "q4", "float32", "fast", 1.8),
     ):
         if wanted(only):
             with load(
-                "smollm2", backend="torch", dtype=dtype, device=args.device, **options
+                "smollm2",
+                backend="torch",
+                dtype=dtype,
+                device=args.device,
+                setting=setting,
+                **options,
             ) as model:
                 theirs = engine(model, torch_tokens(base), replayed)
-                name = f"torch {dtype} / transformers {base}"
+                name = f"torch {dtype} {setting} / transformers {base}"
                 report(compare(name, loop(model), theirs, args.pairs, goal), model)
     if args.json:
         print(json.dumps(rows, indent=2))

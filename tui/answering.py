@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from .engine import ChatEngine
     from .generation import Collected
 
-# The screen is told at most this often: often enough to look continuous, seldom enough that a fast
-# model does not spend its time in the terminal.
-REPORT_EVERY = 1 / 30
+# The screen is told at most this often: often enough to look continuous, seldom enough that the
+# terminal does not take the processor from the model.
+REPORT_EVERY = 1 / 15
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ class Answer:
 
 
 class _Reporter:
-    """Gathers events and posts what they come to, at most thirty times a second."""
+    """Gathers events and posts what they come to, at most fifteen times a second."""
 
     def __init__(self, answer: int, post: Callable[[Message], Any]) -> None:
         self._answer = answer

@@ -274,7 +274,7 @@ class SteersmanApp(Switching):
         view.set_label(label(event.facts))
         await view.finish(event.text, note.strip())
         speed = event.facts["timings"].get("tokens_per_second", 0.0)
-        self._end_answer(speed=speed)
+        self._end_answer(speed=speed, state=note.strip())
 
     @on(messages.AnswerFailed)
     async def _failed(self, event: messages.AnswerFailed) -> None:
@@ -283,10 +283,10 @@ class SteersmanApp(Switching):
             view.set_note(event.reason, error=True)
             self._end_answer()
 
-    def _end_answer(self, speed: float = 0.0) -> None:
+    def _end_answer(self, speed: float = 0.0, state: str = "") -> None:
         self._answer = self._view = None
         self.refresh_status()
-        self.status.state, self.status.speed = "ready", speed
+        self.status.state, self.status.speed = state or "ready", speed
 
     def action_cancel(self) -> None:
         """Stop the answer; what was written stays. In a dialog: close it."""

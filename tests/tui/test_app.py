@@ -311,7 +311,7 @@ async def test_a_link_is_shown_before_it_is_opened(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_long_answer_is_all_there() -> None:
-    text = "".join(f"Paragraph {i} with *some* words.\n\n" for i in range(40))
+    text = "".join(f"Paragraph {i} with *some* words.\n\n" for i in range(80))
     app = build(Scripted(text))
     app.profile = app.profile.override({"generation.max_tokens": 15000})
     async with app.run_test(size=SIZE) as pilot:
@@ -319,4 +319,6 @@ async def test_a_long_answer_is_all_there() -> None:
         await pilot.press("enter")
         await until(pilot, lambda: len(app.thread) == 2)
         assert app.thread[-1].content == text
-        assert len(app.query(AnswerMessage).last().markdown.children) >= 40
+        parts = app.query(AnswerMessage).last().parts
+        assert len(parts) > 1
+        assert sum(len(part.children) for part in parts) == 80

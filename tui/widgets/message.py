@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.widget import Widget
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
@@ -25,11 +27,38 @@ class UserMessage(Vertical):
         yield Static(Text(show(self.content)), classes="body")
 
 
+# Whatever lies in one child of a scrolling container is laid out anew when any of it grows, seen or
+# not. So a long answer is cut into several children of the transcript: growing then costs the same
+# at the end as at the beginning.
+PART_LENGTH = 1500
+# Where a cut changes nothing: after a blank line, before a paragraph or heading. Not before what
+# may belong to a list, a table, a quotation or indented code.
+_CUT = re.compile(r"\n\n(?=[#*_`(\"'A-Za-z\u00c0-\U0010ffff])(?![*`_-]+\s)(?!```)")
+
+
+def next_cut(text: str) -> int | None:
+    """Return the first place from ``PART_LENGTH`` on where ``text`` may be cut, if there is one."""
+    for match in _CUT.finditer(text, max(0, PART_LENGTH - 2)):
+        if text.count("```", 0, match.end()) % 2 == 0:
+            return match.end()
+    return None
+
+
+def parts(text: str) -> list[str]:
+    """Cut Markdown into parts that look the same one below the other."""
+    found = []
+    while (at := next_cut(text)) is not None:
+        found.append(text[:at])
+        text = text[at:]
+    return [*found, text]
+
+
 class AnswerMessage(Vertical):
     """An answer, as Markdown that grows.
 
-    Text is filtered for the terminal before the Markdown parser sees it. Growing appends to the
-    parsed document instead of parsing it anew; only withdrawn text costs a fresh parse.
+    Holds the label, the note and the first part; further parts follow it in the same parent. Text
+    is filtered for the terminal before the Markdown parser sees it. Growing appends to the last
+    part of the parsed document; only withdrawn text costs a fresh parse.
     """
 
     def __init__(self, content: str = "", label: str = "", note: str = "", **options: Any) -> None:
@@ -37,18 +66,40 @@ class AnswerMessage(Vertical):
         self.content = content
         self._label = label
         self._note = note
+        first, *self._rest = parts(content)
+        self._tail = first  # what the last part holds
+        self.parts = [self._part(first)]
         self._stream: MarkdownStream | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(Text(show_line(self._label)), classes="label")
-        # A link's target is shown and confirmed before anything is opened.
-        yield Markdown(show(self.content), open_links=False, classes="body")
         yield Static(Text(show_line(self._note)), classes="note")
+        yield self.parts[0]
+
+    async def on_mount(self) -> None:
+        """Add the parts of an answer that is there already."""
+        rest, self._rest = self._rest, []
+        for part in rest:
+            await self._add(part)
+
+    async def _add(self, text: str) -> None:
+        """Begin another part."""
+        parent, last = self.parent, self.parts[-1]
+        if not isinstance(parent, Widget):  # removed meanwhile
+            return
+        self.parts.append(self._part(text))
+        self._tail = text
+        await parent.mount(self.parts[-1], after=self if last is self.parts[0] else last)
+
+    @staticmethod
+    def _part(text: str) -> Markdown:
+        # A link's target is shown and confirmed before anything is opened.
+        return Markdown(show(text), open_links=False, classes="body")
 
     @property
     def markdown(self) -> Markdown:
-        """The growing document."""
-        return self.query_one(Markdown)
+        """The growing part of the document."""
+        return self.parts[-1]
 
     def set_label(self, label: str) -> None:
         """Say what made this answer."""
@@ -65,14 +116,31 @@ class AnswerMessage(Vertical):
     async def write(self, withdrawn: int, text: str) -> None:
         """Take back ``withdrawn`` characters, then append ``text``."""
         if withdrawn:
-            self.content = self.content[: len(self.content) - withdrawn] + text
-            await self.stop()
-            await self.markdown.update(show(self.content))
+            await self._show(self.content[: len(self.content) - withdrawn] + text)
             return
         self.content += text
+        self._tail += text
+        while (at := next_cut(self._tail)) is not None:
+            before, text = self._tail[:at], self._tail[at:]
+            await self.stop()
+            await self.markdown.update(show(before))
+            await self._add("")
+            self._tail = text
         if self._stream is None:
             self._stream = Markdown.get_stream(self.markdown)
         await self._stream.write(show(text))
+
+    async def _show(self, content: str) -> None:
+        """Show other content than what was streamed."""
+        await self.stop()
+        self.content = content
+        for part in self.parts[1:]:
+            await part.remove()
+        del self.parts[1:]
+        self._tail, *rest = parts(content)
+        await self.markdown.update(show(self._tail))
+        for text in rest:
+            await self._add(text)
 
     async def stop(self) -> None:
         """Finish writing what is on its way."""
@@ -84,6 +152,5 @@ class AnswerMessage(Vertical):
         """Set the final text, if it differs from what was streamed, and the note."""
         await self.stop()
         if text != self.content:
-            self.content = text
-            await self.markdown.update(show(text))
+            await self._show(text)
         self.set_note(note)

@@ -16,7 +16,7 @@ from steersman.tui.app import SteersmanApp
 from steersman.tui.history import History
 from steersman.tui.safe_text import is_safe
 from steersman.tui.screens.choose import ChooseScreen
-from steersman.tui.widgets.message import AnswerMessage, UserMessage
+from steersman.tui.widgets.message import AnswerMessage, UserMessage, parts
 
 SIZE = (100, 30)
 
@@ -310,8 +310,22 @@ async def test_a_link_is_shown_before_it_is_opened(monkeypatch: pytest.MonkeyPat
         assert opened == []
 
 
+def test_cutting_changes_no_text_and_stays_out_of_blocks() -> None:
+    text = "".join(
+        f"Paragraph {i}.\n\n- item\n\n  more of the item\n\n```python\nx = {i}\n\n\ny = x\n```\n\n"
+        f"| a | b |\n|---|---|\n| {i} | 2 |\n\n"
+        for i in range(60)
+    )
+    cut = parts(text)
+    assert "".join(cut) == text
+    assert len(cut) > 3
+    for part in cut:
+        assert part.count("```") % 2 == 0
+        assert not part.startswith((" ", "-", "|", "\n"))
+
+
 async def test_a_long_answer_is_all_there() -> None:
-    text = "".join(f"Paragraph {i} with *some* words.\n\n" for i in range(80))
+    text = "".join(f"Paragraph {i} with *some* words.\n\n" for i in range(120))
     app = build(Scripted(text))
     app.profile = app.profile.override({"generation.max_tokens": 15000})
     async with app.run_test(size=SIZE) as pilot:
@@ -319,6 +333,8 @@ async def test_a_long_answer_is_all_there() -> None:
         await pilot.press("enter")
         await until(pilot, lambda: len(app.thread) == 2)
         assert app.thread[-1].content == text
-        parts = app.query(AnswerMessage).last().parts
-        assert len(parts) > 1
-        assert sum(len(part.children) for part in parts) == 80
+        shown = app.query(AnswerMessage).last().parts
+        assert len(shown) > 1
+        assert all(part.display for part in shown)
+        assert not app.query(".stand-in")
+        assert sum(len(part.children) for part in shown) == 120

@@ -27,10 +27,12 @@ class UserMessage(Vertical):
         yield Static(Text(show(self.content)), classes="body")
 
 
-# Whatever lies in one child of a scrolling container is laid out anew when any of it grows, seen or
-# not. So a long answer is cut into several children of the transcript: growing then costs the same
-# at the end as at the beginning.
+# Whenever an answer grows, every widget of the transcript is laid out anew, seen or not, and
+# Markdown makes a widget of every paragraph. So a long answer is cut into parts, and while it grows
+# all but the last few stand as one widget each, with their source text: growing then costs the same
+# at the end as at the beginning. When the answer is done, all parts are shown as they should be.
 PART_LENGTH = 1500
+LIVE_PARTS = 3
 # Where a cut changes nothing: after a blank line, before a paragraph or heading. Not before what
 # may belong to a list, a table, a quotation or indented code.
 _CUT = re.compile(r"\n\n(?=[#*_`(\"'A-Za-z\u00c0-\U0010ffff])(?![*`_-]+\s)(?!```)")
@@ -69,11 +71,15 @@ class AnswerMessage(Vertical):
         first, *self._rest = parts(content)
         self._tail = first  # what the last part holds
         self.parts = [self._part(first)]
+        self._sources: list[str] = []  # of the parts that are complete
+        self._stand_ins: list[Static] = []
         self._stream: MarkdownStream | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(Text(show_line(self._label)), classes="label")
-        yield Static(Text(show_line(self._note)), classes="note")
+        note = Static(Text(show_line(self._note)), classes="note")
+        note.display = bool(self._note)
+        yield note
         yield self.parts[0]
 
     async def on_mount(self) -> None:
@@ -90,6 +96,25 @@ class AnswerMessage(Vertical):
         self.parts.append(self._part(text))
         self._tail = text
         await parent.mount(self.parts[-1], after=self if last is self.parts[0] else last)
+
+    async def _rest_parts(self) -> None:
+        """Let a stand-in take the place of the part that has just become old."""
+        old = len(self.parts) - 1 - LIVE_PARTS
+        parent = self.parent
+        if old < 1 or old >= len(self._sources) or not isinstance(parent, Widget):
+            return
+        source = Text(show(self._sources[old].rstrip()))
+        self._stand_ins.append(Static(source, classes="stand-in"))
+        await parent.mount(self._stand_ins[-1], before=self.parts[old])
+        self.parts[old].display = False
+
+    async def _show_parts(self) -> None:
+        """Show every part as Markdown again."""
+        for part in self.parts:
+            part.display = True
+        for stand_in in self._stand_ins:
+            await stand_in.remove()
+        self._stand_ins.clear()
 
     @staticmethod
     def _part(text: str) -> Markdown:
@@ -112,6 +137,7 @@ class AnswerMessage(Vertical):
         widget = self.query_one(".note", Static)
         widget.update(Text(show_line(note)))
         widget.set_class(error, "error")
+        widget.display = bool(note)
 
     async def write(self, withdrawn: int, text: str) -> None:
         """Take back ``withdrawn`` characters, then append ``text``."""
@@ -126,6 +152,8 @@ class AnswerMessage(Vertical):
             await self.markdown.update(show(before))
             await self._add("")
             self._tail = text
+            self._sources.append(before)
+            await self._rest_parts()
         if self._stream is None:
             self._stream = Markdown.get_stream(self.markdown)
         await self._stream.write(show(text))
@@ -133,11 +161,13 @@ class AnswerMessage(Vertical):
     async def _show(self, content: str) -> None:
         """Show other content than what was streamed."""
         await self.stop()
+        await self._show_parts()
         self.content = content
         for part in self.parts[1:]:
             await part.remove()
         del self.parts[1:]
         self._tail, *rest = parts(content)
+        self._sources = [self._tail, *rest][:-1]
         await self.markdown.update(show(self._tail))
         for text in rest:
             await self._add(text)
@@ -151,6 +181,7 @@ class AnswerMessage(Vertical):
     async def finish(self, text: str, note: str) -> None:
         """Set the final text, if it differs from what was streamed, and the note."""
         await self.stop()
+        await self._show_parts()
         if text != self.content:
             await self._show(text)
         self.set_note(note)

@@ -209,6 +209,12 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu", help="device of the torch comparisons")
+    parser.add_argument(
+        "--setting",
+        choices=["reproducible", "fast"],
+        default="reproducible",
+        help="of llama.cpp; torch is timed in both",
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.threads:
@@ -246,7 +252,7 @@ def main() -> int:
             theirs = engine(model, mlx_tokens())
             report(compare("mlx float32 / mlx-lm", loop(model), theirs, args.pairs, 0.97), model)
     if wanted("llamacpp") or wanted("chain"):
-        with load("smollm2", backend="llamacpp", **options) as model:
+        with load("smollm2", backend="llamacpp", setting=args.setting, **options) as model:
             if wanted("llamacpp"):
                 theirs = engine(model, llamacpp_tokens(model.info.threads))
                 name = "llama.cpp / llama-cpp-python generate"

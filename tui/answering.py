@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The screen is told at most this often: often enough to look continuous, seldom enough that the
 # terminal does not take the processor from the model.
-REPORT_EVERY = 1 / 15
+REPORT_EVERY = 1 / 8
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ class Answer:
 
 
 class _Reporter:
-    """Gathers events and posts what they come to, at most fifteen times a second."""
+    """Gathers events and posts what they come to, at most eight times a second."""
 
     def __init__(self, answer: int, post: Callable[[Message], Any]) -> None:
         self._answer = answer

@@ -31,7 +31,7 @@ class UserMessage(Vertical):
 # Markdown makes a widget of every paragraph. So a long answer is cut into parts, and while it grows
 # all but the last few stand as one widget each, with their source text: growing then costs the same
 # at the end as at the beginning. When the answer is done, all parts are shown as they should be.
-PART_LENGTH = 1500
+PART_LENGTH = 700
 LIVE_PARTS = 3
 # Where a cut changes nothing: after a blank line, before a paragraph or heading. Not before what
 # may belong to a list, a table, a quotation or indented code.

@@ -45,6 +45,28 @@ def file_sha256(path: Path, *, progress: Callable[[int], None] | None = None) ->
     return digest.hexdigest()
 
 
+# Hashing this much takes a second or two, once per file.
+_HASHED_BYTES = 1 << 29
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Return what identifies weights: the same string whichever engine opens them.
+
+    Parameters
+    ----------
+    path : Path
+        A file, or a folder with safetensors. Up to 512 MiB in all it is the SHA-256 (of the files'
+        hashes for a folder); beyond that sizes and times of change, which cost nothing to read.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
+        return ";".join(stamp(file) for file in files)
+    hashes = [file_sha256(file) for file in files]
+    if path.is_dir():
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return hashes[0]
+
+
 def remembered(table: str) -> dict[str, Any]:
     """Return a small table from the cache folder; empty when absent or damaged."""
     try:

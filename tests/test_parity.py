@@ -136,3 +136,11 @@ def test_hidden_states_are_left_out_where_one_has_none() -> None:
 def test_other_vocabulary_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"268 token ids.*13"):
         compare_models(ToyTransformer(), ToyTransformer(tokenizer=small_tokenizer()), [1, 2])
+
+
+def test_engines_name_the_same_weights_alike(
+    llamacpp_model: Any, torch_model: Any, mlx_model: Any
+) -> None:
+    prints = {m.info.fingerprint for m in (llamacpp_model, torch_model, mlx_model)}
+    assert len(prints) == 1
+    assert len(prints.pop()) == 64

@@ -15,7 +15,7 @@ import numpy as np
 from steersman.backends.files.gguf import GGUFHeader
 from steersman.core.array import to_numpy
 from steersman.core.errors import BackendError, InvalidInput, UsageError
-from steersman.core.fingerprint import file_sha256, remember, remembered, stamp
+from steersman.core.fingerprint import remember, remembered, stamp, weights_fingerprint
 from steersman.core.model import Capability, IntArray, Model, ModelInfo
 
 from . import lib
@@ -27,7 +27,6 @@ from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
 DEFAULT_CONTEXT = 8192  # caches grow on demand, so a large limit costs nothing until it is used
-_HASHED_BYTES = 1 << 29  # larger files are known by size and time of change instead
 _SECTIONED_ROPE = (8, 24, 40)  # M-RoPE kinds: soft tokens would need four positions each
 
 
@@ -132,7 +131,7 @@ class LlamaModel(Model):
             trained_context=trained,
             batch_invariant=False,
             threads=threads,
-            fingerprint=_fingerprint(path),
+            fingerprint=weights_fingerprint(path),
             extra={"setting": setting.name, "threads": reason},
         )
         self.weights = Weights(
@@ -271,12 +270,6 @@ def _bytes_per_cell(header: GGUFHeader, layers: int, width: int, heads: int) -> 
 def _file_type(pointer: int | None) -> str:
     name = llama.llama_ftype_name(llama.llama_model_ftype(pointer))
     return name.decode("utf-8", "replace") if name else "unknown"
-
-
-def _fingerprint(path: Path) -> str:
-    if path.stat().st_size <= _HASHED_BYTES:
-        return file_sha256(path)
-    return stamp(path)
 
 
 def load_handle(path: Path, *, gpu_layers: int) -> ModelHandle:

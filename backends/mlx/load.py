@@ -15,6 +15,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from steersman.core.errors import InvalidInput, MissingDependency, UsageError  # noqa: E402
+from steersman.core.fingerprint import weights_fingerprint  # noqa: E402
 from steersman.core.locate import ModelSource  # noqa: E402
 from steersman.core.model import ModelInfo, Tokenizer  # noqa: E402
 
@@ -81,7 +82,7 @@ def open_model(
         # rows beside it, moves logits by about 5e-5 (measured).
         batch_invariant=False,
         threads=used_threads,
-        fingerprint=_fingerprint(source),
+        fingerprint=weights_fingerprint(source.path),
         extra={"blas": BLAS.name} if where == mx.cpu else {},
     )
     return MLXModel(net, info=info, tokenizer=opened.tokenizer, device=where, compute_dtype=compute)
@@ -103,14 +104,6 @@ def _describe(device: mx.Device) -> str:
     if device == mx.cpu:
         return "cpu"
     return f"gpu ({mx.device_info(device).get('device_name', 'unknown')})"
-
-
-def _fingerprint(source: ModelSource) -> str:
-    if source.sha256:
-        return source.sha256
-    path = source.path
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return ";".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 
 
 def _read(source: ModelSource, dtype: str, device: mx.Device) -> _Opened:

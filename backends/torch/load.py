@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from steersman.core.errors import MissingDependency, UsageError, did_you_mean
+from steersman.core.fingerprint import weights_fingerprint
 from steersman.core.locate import ModelSource
 from steersman.core.model import Forward, ModelInfo, Tokenizer
 
@@ -182,15 +183,10 @@ def _info(
         context=context or trained,
         batch_invariant=False,
         threads=torch.get_num_threads() if place.type == "cpu" else None,
-        fingerprint=_fingerprint(source.path),
+        fingerprint=weights_fingerprint(source.path),
         extra={"path": "native" if native else "hf"},
         **sizes,
     )
-
-
-def _fingerprint(path: Path) -> str:
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return "+".join(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)
 
 
 def _batch_invariant(model: TorchModel) -> bool:

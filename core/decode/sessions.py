@@ -70,16 +70,18 @@ class Sessions:
                 )
             self.models[role].require(needs, who=f"strategy {name}", role=role)
         for role, needs in strategy.requires.items():
-            session = self._open.get(role)
+            session, rows = self._open.get(role), strategy.max_rows
             if session is not None and (
                 needs & ~session.needs & ~_ALWAYS or session.max_rows < strategy.max_rows
             ):
+                # What earlier turns needed stays, so that going to and fro reopens nothing.
                 needs |= session.needs
+                rows = max(rows, session.max_rows)
                 session.close()
                 session = None
             if session is None:
                 self._open[role] = self.models[role].session(
-                    max_rows=strategy.max_rows, needs=needs, context=self._context
+                    max_rows=rows, needs=needs, context=self._context
                 )
         return {role: self._open[role] for role in strategy.requires}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import ToyTransformer
 
-from steersman.core.decode import STRATEGIES
+from steersman.core.decode import STRATEGIES, BeamSearch, DoLa
 from steersman.core.decode.events import Finished
 from steersman.core.decode.loop import decode
 from steersman.core.decode.rng import Rng
@@ -40,3 +40,13 @@ def test_any_strategy_after_any_other_equals_a_fresh_start(second: str) -> None:
             assert turn(kept, second, longer) == turn(fresh, second, longer), first
             # Back to the very first token, of which a strategy may want hidden states too.
             assert turn(kept, second, begun[:1]) == expected, first
+
+
+def test_going_to_and_fro_reopens_nothing() -> None:
+    model = ToyTransformer(layers=4)
+    wide, deep = BeamSearch(beams=3), DoLa()
+    with Sessions(model) as sessions:
+        sessions.prepare(wide, name="beam")
+        kept = sessions.prepare(deep, name="dola")["target"]
+        assert sessions.prepare(wide, name="beam")["target"] is kept
+        assert sessions.prepare(deep, name="dola")["target"] is kept

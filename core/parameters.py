@@ -33,6 +33,13 @@ def parameters(cls: type[Any]) -> dict[str, Any]:
     }
 
 
+def nested_strategies(cls: type[Any]) -> tuple[str, ...]:
+    """Return the fields that hold another strategy, marked ``metadata={"strategy": True}``."""
+    if not dataclasses.is_dataclass(cls):
+        return ()
+    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("strategy"))
+
+
 def convert(value: Any, hint: Any, *, finite: bool = True) -> Any:
     """Return ``value`` (from YAML) as the type ``hint``; lists become tuples.
 

@@ -28,7 +28,7 @@ from typing import Any
 from . import strict_yaml
 from .errors import SteersmanError, UsageError
 from .model import Tokenizer
-from .parameters import Mismatch, parameters
+from .parameters import Mismatch, nested_strategies, parameters
 from .profile_files import builtin_folder as builtin_folder
 from .profile_files import find_profile as find_profile
 from .profile_files import folders, profile_files
@@ -102,8 +102,8 @@ class Profile:
             if len(found) == before:
                 add(f"logits.{i}.{stage.name}", "on")
         add("strategy", self.strategy_name)
-        for name in parameters(type(self.strategy)):
-            add(f"strategy.{self.strategy_name}.{name}", getattr(self.strategy, name))
+        for name, value in _values(self.strategy).items():
+            add(f"strategy.{self.strategy_name}.{name}", value)
         add("generation.max_tokens", self.max_tokens)
         add("generation.stop", list(self.stop))
         for role, options in self.models.items():
@@ -181,7 +181,17 @@ class Profile:
 
 
 def _values(thing: Any) -> dict[str, Any]:
-    return {name: _plain(getattr(thing, name)) for name in parameters(type(thing))}
+    nested = nested_strategies(type(thing))
+    return {
+        name: _nested(getattr(thing, name)) if name in nested else _plain(getattr(thing, name))
+        for name in parameters(type(thing))
+    }
+
+
+def _nested(strategy: Any) -> dict[str, Any]:
+    from .decode import strategy_name
+
+    return {strategy_name(strategy): _values(strategy)}
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import strict_yaml
 from .errors import SteersmanError, UsageError, did_you_mean
-from .parameters import Mismatch, convert, parameters
+from .parameters import Mismatch, convert, nested_strategies, parameters
 from .profile import Profile
 from .strict_yaml import Document
 
@@ -30,11 +30,16 @@ def has_chain(strategy: type[Any]) -> bool:
 
 
 def with_chain(strategy: Any, stages: tuple[Any, ...]) -> Any:
-    if not has_chain(type(strategy)):
-        return strategy
+    """Return ``strategy``, and every strategy inside it, with a chain of ``stages``."""
     from .logits import Chain
 
-    return replace(strategy, chain=Chain(stages))
+    changed: dict[str, Any] = {
+        name: with_chain(getattr(strategy, name), stages)
+        for name in nested_strategies(type(strategy))
+    }
+    if has_chain(type(strategy)):
+        changed["chain"] = Chain(stages)
+    return replace(strategy, **changed) if changed else strategy
 
 
 def build(cls: type[Any], values: Mapping[str, Any]) -> Any:
@@ -78,12 +83,15 @@ def _component(document: Document, path: strict_yaml.Key, what: str, find: Any) 
         cls = find(name)
     except UsageError as exc:
         document.error(inside, str(exc).partition(": ")[2])
-    known = parameters(cls)
+    known, nested = parameters(cls), nested_strategies(cls)
     values = {}
     for key, value in given.items():
         if key not in known:
             document.error((*inside, key), f"unknown key{did_you_mean(key, known)}")
-        values[key] = _converted(document, (*inside, key), value, known[key])
+        if key in nested:
+            values[key] = _component(document, (*inside, key), "strategy", find)[1]
+        else:
+            values[key] = _converted(document, (*inside, key), value, known[key])
     try:
         return name, build(cls, values)
     except Mismatch as exc:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import SteersmanError, UsageError, did_you_mean
-from .parameters import Mismatch, convert, parameters
+from .parameters import Mismatch, convert, nested_strategies, parameters
 from .profile import Profile
 from .profile_build import GENERATION, build, check_generation, has_chain, with_chain
 
@@ -79,13 +79,25 @@ def _set_strategy(profile: Profile, name: Any, origin: str) -> Profile:
 
 
 def _set_strategy_parameter(profile: Profile, name: str, value: Any, origin: str) -> Profile:
-    strategy = profile.strategy
-    checked = _parameter(type(strategy), name, value)
     return replace(
         profile,
-        strategy=_replaced(strategy, name, checked),
+        strategy=with_chain(_with_parameter(profile.strategy, name, value), profile.stages),
         origins={**profile.origins, f"strategy.{profile.strategy_name}.{name}": origin},
     )
+
+
+def _with_parameter(strategy: Any, name: str, value: Any) -> Any:
+    """Return ``strategy`` with one parameter changed; "inner.nodes" is one of a strategy inside."""
+    from .decode import strategy_class
+
+    head, _, rest = name.partition(".")
+    if head not in nested_strategies(type(strategy)):
+        return _replaced(strategy, name, _parameter(type(strategy), name, value))
+    if rest:
+        return _replaced(strategy, head, _with_parameter(getattr(strategy, head), rest, value))
+    if not isinstance(value, str):
+        raise Mismatch(f"expected the name of a strategy, got {value!r}")
+    return _replaced(strategy, head, strategy_class(value)())
 
 
 def _set_indexed(profile: Profile, rest: str, value: Any, origin: str) -> Profile:

@@ -39,3 +39,20 @@ def strategy_class(name: str) -> type[Any]:
             loaded: type[Any] = point.load()
             return loaded
     raise UsageError(f"strategy {name!r}: unknown{did_you_mean(name, STRATEGIES)}")
+
+
+def strategy_name(strategy: Any) -> str:
+    """Return the name under which the class of ``strategy`` is registered.
+
+    Raises
+    ------
+    UsageError
+        It is registered under none.
+    """
+    for name, cls in STRATEGIES.items():
+        if type(strategy) is cls:
+            return name
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.value == f"{type(strategy).__module__}:{type(strategy).__qualname__}":
+            return point.name
+    raise UsageError(f"strategy {type(strategy).__name__}: not registered under any name")

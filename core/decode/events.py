@@ -55,6 +55,8 @@ class TokenEvent:
         Natural log; before and after the sampling chain.
     top : tuple of Alternative
         Most likely first; empty unless asked for.
+    trace : mapping or None
+        What each stage of the chain changed; None unless asked for.
     """
 
     index: int
@@ -64,6 +66,7 @@ class TokenEvent:
     raw_logprob: float | None = None
     logprob: float | None = None
     top: tuple[Alternative, ...] = ()
+    trace: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

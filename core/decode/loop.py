@@ -167,7 +167,9 @@ class _Run:
     def _append(self, token: Token) -> TokenEvent:
         # Control tokens have a name but no text of their own.
         special = token.id in self._tokenizer.special_ids
-        piece = b"" if special else self._tokenizer.token_bytes(token.id)
+        piece = token.piece
+        if piece is None:
+            piece = b"" if special else self._tokenizer.token_bytes(token.id)
         self._ids.append(token.id)
         return TokenEvent(
             index=len(self._ids) - 1,
@@ -180,6 +182,7 @@ class _Run:
                 Alternative(id=i, text=self._tokenizer.token_name(i), raw_logprob=lp)
                 for i, lp in token.top
             ),
+            trace=token.trace,
         )
 
     def finish(self, reason: str) -> Iterator[Event]:

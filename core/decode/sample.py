@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,13 @@ def begin(request: Request, chain: Chain) -> Progress:
     return Progress(request=request, history=request.prompt, chain=chain.init(1))
 
 
+def resumed(progress: Progress, chain: Chain, tokens: Sequence[Token]) -> Progress:
+    """Return the progress of the same request's text when it reads ``tokens``."""
+    generated = np.array([token.id for token in tokens], np.int64)
+    history = np.concatenate([progress.request.prompt, generated])
+    return Progress(request=progress.request, history=history, chain=chain.init(1))
+
+
 def draw(progress: Progress, chain: Chain, logits: Array, rng: Rng) -> tuple[Token, Progress]:
     """Choose the next token of one text from logits (1, V).
 
@@ -63,6 +70,11 @@ def draw(progress: Progress, chain: Chain, logits: Array, rng: Rng) -> tuple[Tok
         chain=selection.state,
     )
     return token, grown
+
+
+def feed_last(progress: Progress) -> Forward:
+    """Return the call that feeds the text's last token and asks what comes next."""
+    return Forward(keep=len(progress.history) - 1, tokens=progress.history[None, -1:])
 
 
 def token_of(selection: Selection, row: int) -> Token:
@@ -117,5 +129,8 @@ class Sample:
 
     def step(self, state: Progress, out: Mapping[str, Output], rng: Rng) -> tuple[Progress, Step]:
         token, state = draw(state, self.chain, out["target"].logits, rng)
-        ask = Forward(keep=len(state.history) - 1, tokens=state.history[None, -1:])
-        return state, appended(state, token, {"target": ask})
+        return state, appended(state, token, {"target": feed_last(state)})
+
+    def resume(self, state: Progress, tokens: Sequence[Token], rng: Rng) -> tuple[Progress, Step]:
+        state = resumed(state, self.chain, tokens)
+        return state, Step(ask={"target": feed_last(state)})

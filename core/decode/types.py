@@ -7,7 +7,8 @@ ahead and forking are ordinary values instead of special engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -28,12 +29,19 @@ class Token:
         Natural-log probability under the distribution it was drawn from (after the chain).
     top : tuple of (id, raw logprob)
         The model's most likely tokens here, best first; empty unless asked for.
+    piece : bytes or None
+        Bytes to show instead of the token's own: a token that overlaps the prompt's end shows only
+        what is new.
+    trace : mapping or None
+        JSON-able record of how the token came about (``Chain.explain``); None unless asked for.
     """
 
     id: int
     raw_logprob: float | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    piece: bytes | None = None
+    trace: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,12 @@ class Request:
         None: no log-probabilities wanted; n: raw and final ones, and the n most likely tokens.
     row : int
         First key of the random numbers, so that texts of one batch differ.
+    trace : int or None
+        n: record in ``Token.trace`` what each stage changed, with the n likeliest tokens.
+    evidence : tuple of (begin, end)
+        Token ranges of the prompt that hold evidence (retrieved passages, a document).
+    clock : callable
+        Seconds from any fixed moment; strategies that adapt to the engine's speed read it.
     """
 
     prompt: IntArray
@@ -97,6 +111,9 @@ class Request:
     context: int
     logprobs: int | None = None
     row: int = 0
+    trace: int | None = None
+    evidence: tuple[tuple[int, int], ...] = ()
+    clock: Callable[[], float] = time.perf_counter
 
 
 S = TypeVar("S")
@@ -120,3 +137,20 @@ class Strategy(Protocol[S]):
 
     def step(self, state: S, out: Mapping[str, Output], rng: Rng) -> tuple[S, Step]:
         """Return the next state and step, given the answers to the last ``ask``."""
+
+
+class Resumable(Strategy[S], Protocol[S]):
+    """A strategy that can go on from any text, so that another one may wrap it and rewind it."""
+
+    def resume(self, state: S, tokens: Sequence[Token], rng: Rng) -> tuple[S, Step]:
+        """Return the state and step that go on after ``tokens``, the whole generated text.
+
+        ``state`` is any state of the same request; what it learned (tables, costs) is kept. The
+        step makes no edit, since the caller's text holds ``tokens`` already. Stages with a state of
+        their own (mirostat) begin anew.
+        """
+
+
+def resumable(strategy: Any) -> bool:
+    """Return whether ``strategy`` can be rewound by another one."""
+    return callable(getattr(strategy, "resume", None))

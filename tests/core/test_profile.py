@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
 from steersman.core import strict_yaml
-from steersman.core.decode import STRATEGIES
+from steersman.core.decode import STRATEGIES, Sample
 from steersman.core.errors import InvalidInput, MissingFile, ProfileError, UsageError
-from steersman.core.logits import STAGES
+from steersman.core.logits import STAGES, Chain
+from steersman.core.model import Capability
 from steersman.core.parameters import Mismatch, convert, parameters
 from steersman.core.profile import (
     Profile,
@@ -352,3 +353,39 @@ def test_every_registered_parameter_has_a_type_that_profiles_can_fill(cls: type[
 
 def test_command_line_values() -> None:
     assert parse_value("0.5") == 0.5 and parse_value("[2, 4]") == [2, 4]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A strategy around another one."""
+
+    inner: Any = dataclasses.field(default_factory=Sample, metadata={"strategy": True})
+    chain: Chain = dataclasses.field(default_factory=Chain)
+
+    requires: ClassVar[Mapping[str, Capability]] = {"target": Capability.LAST_LOGITS}
+    max_rows: ClassVar[int] = 1
+
+
+def test_a_strategy_inside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "wrapper", Wrapper)  # type: ignore[arg-type]
+    path = tmp_path / "nested.yaml"
+    path.write_text(
+        "logits: [{temperature: {t: 0.5}}]\nstrategy: {wrapper: {inner: {best_of_n: {n: 3}}}}\n"
+    )
+    profile = load_profile(path)
+    assert profile.strategy.inner.n == 3
+    assert profile.strategy.inner.chain == profile.strategy.chain == Chain(profile.stages)
+    again = tmp_path / "again.yaml"
+    again.write_text(profile.to_yaml())
+    assert load_profile(again).strategy == profile.strategy
+
+    changed = profile.override({"wrapper.inner.n": 5, "temperature.t": 0.7})
+    assert changed.strategy.inner.n == 5
+    assert changed.strategy.inner.chain.stages[0].t == 0.7
+    assert isinstance(profile.override({"wrapper.inner": "sample"}).strategy.inner, Sample)
+    with pytest.raises(UsageError, match="unknown parameter 'm'"):
+        profile.override({"wrapper.inner.m": 5})
+
+    path.write_text("strategy: {wrapper: {inner: {best_of_n: {m: 3}}}}\n")
+    with pytest.raises(ProfileError, match=r"inner.best_of_n.m: unknown key"):
+        load_profile(path)

@@ -64,7 +64,8 @@ class Forward:
         Soft tokens instead of ids, in the scale of ``Model.embed``.
     causal : bool
         False: new positions see each other both ways. What they leave in the cache was computed
-        that way; drop the block (smaller ``keep``) and feed it again to commit it causally.
+        that way; drop the block (smaller ``keep``) and feed it again to commit it causally. Until
+        then the row's record says -1 for it, so that no later prompt takes it for its own prefix.
     logits : {"none", "last", "all"}
         Which logits to return.
     hidden : tuple of int

@@ -59,7 +59,7 @@ class Session(ABC):
         return self._tree_base.copy()
 
     def row_tokens(self, row: int = 0) -> IntArray:
-        """Return the cached ids of one row; -1 where a soft token stands."""
+        """Return the cached ids of one row; -1 for a soft token or one of an open block."""
         return self._rows[row][: self._tree_base[row]].copy()
 
     def common_prefix(self, tokens: IntArray | Sequence[int], row: int = 0) -> int:
@@ -286,7 +286,8 @@ class Session(ABC):
             kept = [old[: plan.base[i]]]
             if plan.path is not None:
                 kept.append(old[begin:][plan.path[i][plan.path[i] != PAD]])
-            if plan.tokens is None:
+            if plan.tokens is None or not plan.causal:
+                # Nothing that was computed from ids alone, left to right: no prefix to reuse.
                 kept.append(np.full(plan.counts[i], PAD, np.int64))
             else:
                 kept.append(plan.tokens[i, : plan.counts[i]])

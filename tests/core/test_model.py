@@ -363,3 +363,14 @@ def test_capability_names() -> None:
     assert C.NONE.names() == []
     assert (C.FORK | C.LAST_LOGITS).names() == ["LAST_LOGITS", "FORK"]
     assert ALL.names() == [flag.name for flag in Capability]
+
+
+def test_an_open_block_is_no_prefix_until_it_is_fed_causally() -> None:
+    """A block that was cut short (a cancel) must not pass for tokens of the next prompt."""
+    session = opened()
+    block = {"keep": 3, "tokens": [[4, 5]]}
+    session.forward(Forward(**block, causal=False))
+    assert session.row_tokens().tolist() == [1, 2, 3, -1, -1]
+    assert session.common_prefix([1, 2, 3, 4, 5]) == 3
+    session.forward(Forward(**block))
+    assert session.common_prefix([1, 2, 3, 4, 5]) == 5

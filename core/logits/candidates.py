@@ -8,8 +8,10 @@ else that is asked, comes back. From then on both are the same code, so engines 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +36,7 @@ Top = tuple[tuple[int, float], ...]
 Active = Sequence[tuple[int, Stage]]
 FloatRow = npt.NDArray[np.float32]
 
+FEW = 96  # candidates up to this number are plain floats where all later stages allow it
 SHORT = 4096  # candidates above this number stay in the layout of the vocabulary
 WIDE = 256  # candidates that come back from a device after a truncation of unknown size
 
@@ -132,7 +135,12 @@ def run_row(
     -------
     values, ids : in either layout
     """
-    for place, stage in stages:
+    for done, (place, stage) in enumerate(stages):
+        if ids is not None and len(ids) <= FEW and all(s.listwise for _, s in stages[done:]):
+            left: Any = values.tolist()
+            for _, listwise in stages[done:]:
+                left = listwise.on_list(left)
+            return np.array(left, np.float32), ids[: len(left)]
         if ids is not None and stage.by_id:
             full = np.full(size, -np.inf, np.float32)
             full[ids] = values
@@ -168,9 +176,21 @@ def draw_row(values: FloatRow, ids: IntArray | None, uniform: float) -> tuple[in
         return draw_1d(values, uniform)
     if len(ids) == 1:
         return int(ids[0]), 0.0
+    if len(ids) <= FEW:
+        return _draw_few(values.tolist(), ids.tolist(), uniform)
     order = ids.argsort()
     index, logprob = draw_1d(values[order], uniform)
     return int(ids[order[index]]), logprob
+
+
+def _draw_few(values: list[float], ids: list[int], uniform: float) -> tuple[int, float]:
+    peak = max(values)
+    weighted = ((i, math.exp(value - peak)) for i, value in zip(ids, values))
+    pairs = sorted((i, weight) for i, weight in weighted if weight > 0)
+    totals = list(accumulate([weight for _, weight in pairs]))
+    # A uniform of 1 gives the last candidate.
+    chosen, weight = pairs[min(bisect_right(totals, uniform * totals[-1]), len(pairs) - 1)]
+    return chosen, math.log(weight / totals[-1])
 
 
 def split_greedy(stages: Active, greedy: bool) -> tuple[Active, bool]:
@@ -199,11 +219,14 @@ def rows_on_host(
     top: list[Top] = []
     for row in range(rows):
         raw = host[row]
-        best = int(raw.argmax())
-        check_peak(float(raw[best]), row)
         if greedy and not stages:
+            best = int(raw.argmax())
+            check_peak(float(raw[best]), row)
             tokens[row] = best
         else:
+            # NaN and infinities spread into a sum, which is made faster than a maximum is found.
+            if not math.isfinite(np.add.reduce(raw)):
+                check_peak(float(raw.max()), row)
             values, ids = run_row(raw, None, stages, inputs, row, size)
             check_left(values, row)
             if greedy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from .candidates import (
     rows_on_host,
     run_row,
 )
+from .explain import explain
 from .mirostat import Mirostat
 from .stage import Stage
 from .temperature import Temperature
@@ -49,6 +50,8 @@ class Selection:
         The most likely tokens before the chain, best first; empty tuples unless asked for.
     state : tuple
         For the next call.
+    traces : tuple of B mappings
+        What :meth:`Chain.explain` says about each row; empty unless asked for.
     """
 
     tokens: IntArray
@@ -56,6 +59,7 @@ class Selection:
     logprobs: npt.NDArray[np.float64] | None
     top: tuple[Top, ...]
     state: tuple[Any, ...]
+    traces: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class Chain:
         history: Sequence[IntArray] = (),
         state: tuple[Any, ...] | None = None,
         logprobs: int | None = None,
+        trace: int | None = None,
     ) -> Selection:
         """Choose one token per row.
 
@@ -168,6 +173,8 @@ class Chain:
         logprobs : int, optional
             None: none wanted. n >= 0: raw and final ones of the token, and the n most likely
             tokens of the raw distribution.
+        trace : int, optional
+            n: explain the choice, with the n likeliest tokens after each stage.
 
         Raises
         ------
@@ -182,10 +189,17 @@ class Chain:
         else:
             picked = rows_on_device(logits, self.active, self.greedy, inputs, logprobs)
         tokens, finals, raws, top = picked
-        after = self.observe(inputs.state, finals)
-        if logprobs is None:
-            return Selection(tokens=tokens, raw_logprobs=None, logprobs=None, top=top, state=after)
-        return Selection(tokens=tokens, raw_logprobs=raws, logprobs=finals, top=top, state=after)
+        wanted = logprobs is not None
+        return Selection(
+            tokens=tokens,
+            raw_logprobs=raws if wanted else None,
+            logprobs=finals if wanted else None,
+            top=top,
+            state=self.observe(inputs.state, finals),
+            traces=()
+            if trace is None
+            else explain(logits, self.active, inputs, n=trace, tokens=tokens),
+        )
 
     def apply(
         self,
@@ -212,6 +226,49 @@ class Chain:
             check_left(values, row)
             out[row, slice(None) if ids is None else ids] = values
         return out if isinstance(logits, np.ndarray) else asarray_like(out, logits)
+
+    def explain(
+        self,
+        logits: Array,
+        *,
+        uniforms: Uniforms,
+        history: Sequence[IntArray] = (),
+        state: tuple[Any, ...] | None = None,
+        n: int = 5,
+        tokens: IntArray | Sequence[int] | None = None,
+        raw: Array | None = None,
+        name: str = "strategy",
+    ) -> tuple[Mapping[str, Any], ...]:
+        """Return what each acting stage did to the distribution of each row.
+
+        The distribution after the last stage is that of :meth:`apply` on the same arguments. Costs
+        several passes over the vocabulary per stage, so it is for those who asked.
+
+        Parameters
+        ----------
+        logits, uniforms, history, state
+            Those of :meth:`select`.
+        n : int
+            How many of the likeliest tokens to list, 0..100.
+        tokens : int64 (B,), optional
+            The tokens that were chosen: their probability is followed through the stages.
+        raw : float array (B, V), optional
+            The model's own logits, where a strategy made ``logits`` from them; what it did is then
+            listed as the first stage, under ``name``.
+
+        Returns
+        -------
+        tuple of B mappings, made of JSON values
+            ``raw``: ``left`` (tokens that can be drawn), ``entropy`` (nats), ``top`` ([id,
+            probability], the likeliest first), and of the chosen token ``p`` and ``rank`` (1 is the
+            likeliest). ``stages``: for each one in order, besides ``left``, ``entropy``, ``top``
+            and ``p`` of what it left, its ``name``, ``removed`` (probability of the tokens it
+            removed, before the stage), ``tv`` (total variation, half the sum of the changes of
+            probability), ``kl`` (Kullback-Leibler divergence of the distribution after from that
+            before, nats; None if infinite) and ``argmax_changed``.
+        """
+        inputs = self._inputs(logits, history, state, uniforms)
+        return explain(logits, self.active, inputs, n=n, tokens=tokens, raw=raw, name=name)
 
     def _inputs(
         self,

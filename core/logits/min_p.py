@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from operator import neg
 from typing import ClassVar
+
+import numpy as np
 
 from ..array import Array, array_namespace
 from ..ops import mask_out
@@ -41,6 +45,7 @@ class MinP(Stage):
 
     name: ClassVar[str] = "min_p"
     truncates: ClassVar[bool] = True
+    listwise: ClassVar[bool] = True
     p: float = 0.05
 
     def __post_init__(self) -> None:
@@ -52,3 +57,7 @@ class MinP(Stage):
 
     def keep(self, logits: Array, context: Context) -> Array:
         return keep_min_p(logits, self.p)
+
+    def on_list(self, values: list[float]) -> list[float]:
+        floor = float(np.float32(values[0]) + np.float32(math.log(self.p)))  # as on float32 arrays
+        return values[: bisect_right(values, -floor, key=neg)]

@@ -14,6 +14,8 @@ from ..model import IntArray
 from ..ops.scatter import put_at, take_at
 from .stage import Context, Stage, check_integer, check_number
 
+_WINDOW = 128  # tokens up to which a dictionary counts faster than arrays
+
 
 def recent_counts(
     history: Sequence[IntArray], last_n: int, vocab_size: int
@@ -37,6 +39,15 @@ def recent_counts(
     for row, tokens in enumerate(history):
         recent = np.asarray(tokens, np.int64)
         recent = recent if last_n < 0 else recent[max(len(recent) - last_n, 0) :]
+        if len(recent) <= _WINDOW:
+            found: dict[int, int] = {}
+            for token in recent.tolist():
+                if 0 <= token < vocab_size:
+                    found[token] = found.get(token, 0) + 1
+            ids.append(np.array(list(found), np.int64))
+            counts.append(np.array(list(found.values()), np.int64))
+            rows.append(np.full(len(found), row))
+            continue
         recent = np.sort(recent)
         first, end = recent.searchsorted((0, vocab_size))
         recent = recent[first:end]

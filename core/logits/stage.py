@@ -59,6 +59,8 @@ class Stage:
         candidates, sorted from most to least likely, instead of the vocabulary.
     needs_history, needs_uniform : bool
         What it reads from its :class:`Context`.
+    listwise : bool
+        Whether it has :meth:`on_list`, for a few candidates.
     needs_tokenizer : bool
         Whether :meth:`bind` must be called before use.
     """
@@ -70,6 +72,7 @@ class Stage:
     needs_history: ClassVar[bool] = False
     needs_uniform: ClassVar[bool] = False
     has_state: ClassVar[bool] = False
+    listwise: ClassVar[bool] = False
 
     @property
     def off(self) -> bool:
@@ -92,6 +95,14 @@ class Stage:
     def keep(self, logits: Array, context: Context) -> Array:
         """Return which tokens stay, bool (B, n): all that a truncating stage has to say."""
         raise NotImplementedError(f"{self.name}: neither __call__ nor keep is defined")
+
+    def on_list(self, values: list[float]) -> list[float]:
+        """Return the logits that are left of ``values``, which fall: the first few of them, scaled.
+
+        The same as calling the stage, for stages that look at nothing but values and keep their
+        order. On some dozens of candidates plain floats are several times faster than arrays.
+        """
+        raise NotImplementedError(f"{self.name}: on_list is not defined")
 
     def init(self, rows: int) -> Any:
         """Return the state of ``rows`` fresh rows."""

@@ -34,6 +34,7 @@ class Temperature(Stage):
     """Divide logits by ``t``; 0 is greedy, 1 is off."""
 
     name: ClassVar[str] = "temperature"
+    listwise: ClassVar[bool] = True
     t: float = 1.0
 
     def __post_init__(self) -> None:
@@ -50,3 +51,6 @@ class Temperature(Stage):
 
     def __call__(self, logits: Array, context: Context) -> Array:
         return apply_temperature(logits, self.t)
+
+    def on_list(self, values: list[float]) -> list[float]:
+        return values[:1] if self.greedy else [value / self.t for value in values]

@@ -47,6 +47,7 @@ class TopK(Stage):
 
     name: ClassVar[str] = "top_k"
     truncates: ClassVar[bool] = True
+    listwise: ClassVar[bool] = True
     k: int = 40
 
     def __post_init__(self) -> None:
@@ -58,3 +59,6 @@ class TopK(Stage):
 
     def keep(self, logits: Array, context: Context) -> Array:
         return keep_top_k(logits, self.k, ordered=context.ordered)
+
+    def on_list(self, values: list[float]) -> list[float]:
+        return values[: self.k]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 from ..array import Array
@@ -40,6 +43,7 @@ class TopP(Stage):
 
     name: ClassVar[str] = "top_p"
     truncates: ClassVar[bool] = True
+    listwise: ClassVar[bool] = True
     p: float = 0.95
 
     def __post_init__(self) -> None:
@@ -51,3 +55,7 @@ class TopP(Stage):
 
     def keep(self, logits: Array, context: Context) -> Array:
         return keep_top_p(logits, self.p, ordered=context.ordered)
+
+    def on_list(self, values: list[float]) -> list[float]:
+        totals = list(accumulate([math.exp(value - values[0]) for value in values]))
+        return values[: bisect_left(totals, self.p * totals[-1]) + 1]

@@ -30,7 +30,7 @@ from .events import (
 )
 from .rng import Rng
 from .sessions import reuse_prefix
-from .text import TextAssembler
+from .text import TextAssembler, token_piece
 from .types import Edit, Request, Strategy, Token
 
 
@@ -165,11 +165,7 @@ class _Run:
                 return
 
     def _append(self, token: Token) -> TokenEvent:
-        # Control tokens have a name but no text of their own.
-        special = token.id in self._tokenizer.special_ids
-        piece = token.piece
-        if piece is None:
-            piece = b"" if special else self._tokenizer.token_bytes(token.id)
+        piece = token_piece(token, self._tokenizer)
         self._ids.append(token.id)
         return TokenEvent(
             index=len(self._ids) - 1,

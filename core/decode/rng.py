@@ -40,6 +40,23 @@ class Rng:
         """Return a generator with a seed from the operating system (below 2**32, to be retyped)."""
         return cls(secrets.randbelow(1 << 32))
 
+    def child(self, number: int) -> Rng:
+        """Return an independent generator, for texts that start anew from some position.
+
+        Parameters
+        ----------
+        number : int
+            0 is this generator itself.
+        """
+        if number == 0:
+            return self
+        # Rows count from 0, so that no text draws under this one.
+        bits = np.random.Philox(
+            key=np.array([self.seed, _MASK], np.uint64),
+            counter=np.array([0, 0, 0, number & _MASK], np.uint64),
+        )
+        return Rng(int(bits.random_raw()))
+
     def uniforms(
         self, row: int, position: int, count: int, *, draw: int = 0
     ) -> npt.NDArray[np.float64]:

@@ -5,6 +5,17 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from ..model import Tokenizer
+from .types import Token
+
+
+def token_piece(token: Token, tokenizer: Tokenizer) -> bytes:
+    """Return the bytes that a generated token shows."""
+    if token.piece is not None:
+        return token.piece
+    # Control tokens have a name but no text of their own.
+    return b"" if token.id in tokenizer.special_ids else tokenizer.token_bytes(token.id)
+
 
 class TextAssembler:
     """Turns tokens into the text that may be shown so far.

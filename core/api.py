@@ -151,6 +151,7 @@ def stream(
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
     logprobs: int | None = None,
+    trace: int | None = None,
     session: Sessions | None = None,
     truncate: bool = False,
     cancel: Callable[[], bool] | threading.Event | None = None,
@@ -176,6 +177,9 @@ def stream(
         Strings that end the text, beside the profile's own.
     logprobs : int, optional
         0: raw and final log-probability of each token; n: the n most likely tokens as well.
+    trace : int, optional
+        n: tell in ``TokenEvent.trace`` what every stage of the chain changed (``Chain.explain``),
+        with the n likeliest tokens after it, 0..100. Some milliseconds per token.
     session : Sessions, optional
         Cache kept between turns (:func:`open_session`). Only one stream may use it at a time.
     truncate : bool
@@ -210,6 +214,8 @@ def stream(
         raise UsageError(f"max_tokens: must be at least 0, got {limit}")
     if logprobs is not None and not 0 <= logprobs <= 1000:
         raise UsageError(f"logprobs: must be in 0..1000, got {logprobs}")
+    if trace is not None and not 0 <= trace <= 100:
+        raise UsageError(f"trace: must be in 0..100, got {trace}")
     open_sessions = sessions.prepare(chosen.strategy, name=chosen.strategy_name)
     room = min(s.context for s in open_sessions.values())
     ids, cut = _fit(ids, room, truncate)
@@ -220,6 +226,7 @@ def stream(
         context=room,
         stop=(*chosen.stop, *stop),
         logprobs=logprobs,
+        trace=trace,
         cancelled=poll or (lambda: False),
         own=own,
     )  # fmt: skip
@@ -237,6 +244,7 @@ def _events(
     context: int,
     stop: Sequence[str],
     logprobs: int | None,
+    trace: int | None,
     cancelled: Callable[[], bool],
     own: bool,
 ) -> Iterator[Event]:
@@ -252,6 +260,7 @@ def _events(
             max_tokens=limit,
             context=context,
             logprobs=logprobs,
+            trace=trace,
         )
         yield from decode(
             profile.strategy, open_sessions, request, rng, stop=stop, cancelled=cancelled

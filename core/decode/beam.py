@@ -10,7 +10,7 @@ import numpy as np
 from ..array import array_namespace, asarray_like, to_numpy
 from ..errors import UsageError
 from ..logits import Chain
-from ..model import Array, Capability, Forward, Output
+from ..model import Array, Capability, Forward, IntArray, Output
 from ..ops import log_softmax, top_k
 from .rng import Rng
 from .types import Edit, Request, Step, Token
@@ -114,6 +114,8 @@ class BeamSearch:
                 piece = Token(id=token, raw_logprob=logprobs[row, token], logprob=gained)
                 live.append((row, Beam(tokens=(*parent.tokens, piece), logprob=total)))
         done = sorted(done, key=lambda pair: -pair[0])[: self.beams]
+        if request.trace is not None and live:
+            live = self._traced(state, live, out["target"].logits, rng)
         beams = tuple(beam for _, beam in live)
         state = replace(state, beams=beams, done=tuple(done))
         length = len(beams[0].tokens) if beams else 0
@@ -132,11 +134,8 @@ class BeamSearch:
         Enough of them that ``beams`` go on even if every end token of every text is among them.
         """
         request, beams = state.request, state.beams
-        position = len(request.prompt) + len(beams[0].tokens)
-        texts = [
-            np.concatenate([request.prompt, np.array([t.id for t in b.tokens], np.int64)])
-            for b in beams
-        ]
+        texts = _texts(state)
+        position = len(texts[0])
         filtered = self.chain.apply(
             logits,
             history=texts,
@@ -152,6 +151,25 @@ class BeamSearch:
         pairs = zip(to_numpy(places).tolist(), to_numpy(values).tolist(), strict=True)
         best = [(at // vocab, at % vocab, value) for at, value in pairs if value > -np.inf]
         return _Rawness(logits if request.logprobs is not None else None), best
+
+    def _traced(
+        self, state: _State, live: list[tuple[int, Beam]], logits: Array, rng: Rng
+    ) -> list[tuple[int, Beam]]:
+        """Return the live texts, the last token of each with an account of the chain."""
+        request, texts = state.request, _texts(state)
+        position = len(texts[0])
+        rows = [row for row, _ in live]
+        traces = self.chain.explain(
+            to_numpy(logits)[rows],
+            history=[texts[row] for row in rows],
+            uniforms=lambda at, key: rng.uniform(request.row + rows[at], position, draw=key),
+            n=request.trace or 0,
+            tokens=[beam.tokens[-1].id for _, beam in live],
+        )
+        return [
+            (row, replace(b, tokens=(*b.tokens[:-1], replace(b.tokens[-1], trace=trace))))
+            for (row, b), trace in zip(live, traces, strict=True)
+        ]
 
     def _settled(self, state: _State) -> bool:
         if len(state.done) < self.beams:
@@ -186,6 +204,13 @@ class BeamSearch:
             rows=np.asarray(rows),
         )
         return state, Step(ask={"target": ask}, edit=edit)
+
+
+def _texts(state: _State) -> list[IntArray]:
+    """Return prompt and tokens of each live text, (T,) each."""
+    prompt = state.request.prompt
+    tokens = [np.array([t.id for t in beam.tokens], np.int64) for beam in state.beams]
+    return [np.concatenate([prompt, ids]) for ids in tokens]
 
 
 class _Rawness:

@@ -104,6 +104,7 @@ class BestOfN:
             state=state.chain,
             uniforms=lambda row, key: rng.uniform(request.row + live[row], position, draw=key),
             logprobs=request.logprobs,
+            trace=request.trace,
         )
         candidates = list(state.candidates)
         rows: list[int] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -96,8 +97,13 @@ class ContrastiveSearch:
         token = state.tokens[best]
         progress = replace(state.progress, history=np.append(state.progress.history, token.id))
         context = xp.concat([state.context, candidates[best : best + 1, :]], axis=0)
+        tried = [t.id for t in state.tokens]
         state = replace(state, progress=progress, context=context)
-        return self._try(state, logits[best : best + 1, ...], best, rng, token)
+        state, step = self._try(state, logits[best : best + 1, ...], best, rng, token)
+        if request.trace is not None:
+            rounded = [round(score, 6) for score in scores.tolist()]
+            step = replace(step, note={"contrastive": {"tried": tried, "scores": rounded}})
+        return state, step
 
     def _try(
         self, state: _State, logits: Array, row: int, rng: Rng, token: Token | None
@@ -105,21 +111,31 @@ class ContrastiveSearch:
         """Ask for every candidate that may follow; show ``token``, which was just chosen."""
         progress = state.progress
         request, position = progress.request, len(progress.history)
-        filtered = self.chain.apply(
-            logits,
-            history=[progress.history],
-            uniforms=lambda r, key: rng.uniform(request.row + r, position, draw=key),
-        )
+
+        def uniforms(r: int, key: int) -> float:
+            return rng.uniform(request.row, position, draw=key)
+
+        filtered = self.chain.apply(logits, history=[progress.history], uniforms=uniforms)
         probs, ids = (to_numpy(x)[0] for x in top_k(softmax(filtered), self.k))
         raw = to_numpy(log_softmax(logits))[0] if request.logprobs is not None else None
         kept = [(int(i), float(p)) for i, p in zip(ids, probs, strict=True) if p > 0]
+        traces: Sequence[Mapping[str, Any] | None] = [None] * len(kept)
+        if request.trace is not None:
+            traces = self.chain.explain(
+                np.repeat(to_numpy(logits), len(kept), axis=0),
+                history=[progress.history] * len(kept),
+                uniforms=uniforms,
+                n=request.trace,
+                tokens=[i for i, _ in kept],
+            )
         tokens = tuple(
             Token(
                 id=i,
                 raw_logprob=None if raw is None else float(raw[i]),
                 logprob=None if raw is None else float(np.log(p)),
+                trace=trace,
             )
-            for i, p in kept
+            for (i, p), trace in zip(kept, traces, strict=True)
         )
         state = replace(state, tokens=tokens, probs=tuple(p for _, p in kept))
         ask = Forward(

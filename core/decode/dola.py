@@ -117,7 +117,9 @@ class DoLa:
         ]
         xp = array_namespace(*early)
         scores = contrast_layers(logits[0, ...], xp.stack(early), self.relative_top)
-        token, progress = draw(state.progress, self.chain, scores[None, ...], rng)
+        token, progress = draw(
+            state.progress, self.chain, scores[None, ...], rng, raw=logits, name="dola"
+        )
         if progress.request.logprobs is not None:
             raw = log_softmax(logits)[0, token.id]
             token = replace(token, raw_logprob=float(to_numpy(raw)))

@@ -49,11 +49,25 @@ def resumed(progress: Progress, chain: Chain, tokens: Sequence[Token]) -> Progre
     return Progress(request=progress.request, history=history, chain=chain.init(1))
 
 
-def draw(progress: Progress, chain: Chain, logits: Array, rng: Rng) -> tuple[Token, Progress]:
+def draw(
+    progress: Progress,
+    chain: Chain,
+    logits: Array,
+    rng: Rng,
+    *,
+    raw: Array | None = None,
+    name: str = "strategy",
+) -> tuple[Token, Progress]:
     """Choose the next token of one text from logits (1, V).
 
     Random numbers are keyed by the request's row and the token's position, so that going back to a
     position draws the same number again.
+
+    Parameters
+    ----------
+    raw : float array (1, V), optional
+        The model's own logits, where ``logits`` are what a strategy made of them: the trace then
+        tells what it changed, under ``name``.
     """
     request, position = progress.request, len(progress.history)
     selection = chain.select(
@@ -62,6 +76,9 @@ def draw(progress: Progress, chain: Chain, logits: Array, rng: Rng) -> tuple[Tok
         state=progress.chain,
         uniforms=lambda row, key: rng.uniform(request.row + row, position, draw=key),
         logprobs=request.logprobs,
+        trace=request.trace,
+        raw=raw,
+        name=name,
     )
     token = token_of(selection, 0)
     grown = Progress(
@@ -84,6 +101,7 @@ def token_of(selection: Selection, row: int) -> Token:
         raw_logprob=None if selection.raw_logprobs is None else float(selection.raw_logprobs[row]),
         logprob=None if selection.logprobs is None else float(selection.logprobs[row]),
         top=selection.top[row] if selection.top else (),
+        trace=selection.traces[row] if selection.traces else None,
     )
 
 

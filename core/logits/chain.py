@@ -158,6 +158,8 @@ class Chain:
         state: tuple[Any, ...] | None = None,
         logprobs: int | None = None,
         trace: int | None = None,
+        raw: Array | None = None,
+        name: str = "strategy",
     ) -> Selection:
         """Choose one token per row.
 
@@ -175,6 +177,8 @@ class Chain:
             tokens of the raw distribution.
         trace : int, optional
             n: explain the choice, with the n likeliest tokens after each stage.
+        raw, name
+            Those of :meth:`explain`.
 
         Raises
         ------
@@ -198,7 +202,7 @@ class Chain:
             state=self.observe(inputs.state, finals),
             traces=()
             if trace is None
-            else explain(logits, self.active, inputs, n=trace, tokens=tokens),
+            else explain(logits, self.active, inputs, n=trace, tokens=tokens, raw=raw, name=name),
         )
 
     def apply(

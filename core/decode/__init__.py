@@ -12,6 +12,7 @@ from .best_of_n import BestOfN
 from .contrastive import ContrastiveSearch
 from .dola import DoLa
 from .sample import Sample
+from .soft_thinking import SoftThinking
 
 STRATEGIES: Mapping[str, type[Any]] = {
     "sample": Sample,
@@ -19,6 +20,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "contrastive": ContrastiveSearch,
     "dola": DoLa,
     "best_of_n": BestOfN,
+    "soft_thinking": SoftThinking,
 }
 
 ENTRY_POINTS = "steersman.strategies"

@@ -6,6 +6,7 @@ twin for it and ``f.portable`` stays the plain form (see :mod:`.native`).
 
 from .categorical import categorical
 from .cumulative import cumulative_sum, sum_before
+from .gumbel import gumbel, gumbel_softmax
 from .information import entropy, js_divergence, kl_divergence
 from .native import Native, native
 from .softmax import log_softmax, logsumexp, relative_probs, softmax
@@ -17,6 +18,8 @@ __all__ = [
     "categorical",
     "cumulative_sum",
     "entropy",
+    "gumbel",
+    "gumbel_softmax",
     "js_divergence",
     "kl_divergence",
     "log_softmax",

@@ -10,17 +10,14 @@ written), ``validation``, ``metrics``, ``warnings``, ``errors`` (``code``, ``mes
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import click
 
 from steersman.core.errors import SteersmanError
+from steersman.core.strict_json import to_json as to_json
 
 from . import output
 
@@ -90,38 +87,6 @@ def _one_line(text: str) -> str:
 def _os_error(exc: OSError) -> str:
     where = f"{exc.filename}: " if exc.filename is not None else ""
     return _one_line(f"{where}{exc.strerror or exc}")
-
-
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Return ``value`` as ASCII JSON that is safe to print.
-
-    Control, bidi and all other non-ASCII characters are escaped. Numbers that JSON lacks (nan,
-    infinities) become null; dataclasses, paths, sets and arrays become what a reader expects.
-    """
-    text = json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, indent=indent)
-    return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves alone
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, set | frozenset):
-        return [_plain(v) for v in sorted(value)]
-    if isinstance(value, bytes):
-        return value.decode("latin-1")
-    if isinstance(value, Path):
-        return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value)
 
 
 class Envelope:

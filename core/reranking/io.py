@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InvalidInput, MissingFile
+from ..strict_json import parse_json as parse_json
 from .ranking import Ranking
 
 Report = Callable[[InvalidInput], None]
@@ -114,31 +115,6 @@ def tell(report: Report | None, error: InvalidInput) -> None:
     if report is None:
         raise error
     report(error)
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse strict JSON: no NaN or Infinity, no repeated key, no bottomless nesting."""
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise InvalidInput(f"{where}: nested too deeply") from None
-    except ValueError as error:
-        raise InvalidInput(f"{where}: {error}") from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON; use a finite number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} stands twice")
-    return found
 
 
 def parse_request(value: Any, where: str, *, default_qid: str) -> Request:

@@ -20,6 +20,7 @@ from .decode.events import Event, Finished, Started, Timings, TokenEvent, Withdr
 from .decode.rng import Rng
 from .decode.sessions import Sessions
 from .errors import ContextOverflow, MissingDependency, UsageError
+from .layers import LayerChoice, read_layers
 from .locate import ModelSource, locate
 from .model import Capability, Forward, IntArray, Model, Tokenizer
 from .ops import target_logprobs
@@ -50,6 +51,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    layers: LayerChoice | None = None,
     offline: bool = False,
     **options: Any,
 ) -> Model:
@@ -67,6 +69,9 @@ def load(
         Passed on to the engine; "auto" lets it choose.
     threads : int, optional
         CPU threads; ``$STEERSMAN_THREADS`` or the engine's choice if None.
+    layers : int, str or sequence of int, optional
+        Keep only some layers of the same weights: a number n (the first n), or a list such as
+        "0-9,20-29" (:mod:`steersman.core.layers`). A cheap draft for the whole model.
     offline : bool
         Never ask the hub.
     **options
@@ -77,6 +82,9 @@ def load(
     MissingFile, MissingDependency, InvalidInput, UsageError
         One line each: what, where and the remedy.
     """
+    if layers is not None:
+        read_layers(layers)  # a slip in writing is told before anything is opened
+        options["layers"] = layers
     source = locate(model, offline=offline)
     name = _choose_backend(source) if backend == "auto" else backend
     if threads is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from steersman.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from steersman.core.layers import LayerChoice
     from steersman.core.locate import ModelSource
 
     from .model import MLXModel
@@ -40,6 +41,7 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     setting: str = "reproducible",
+    layers: LayerChoice | None = None,
 ) -> MLXModel:
     """Open a GGUF file or a Hugging Face folder.
 
@@ -58,6 +60,8 @@ def open_model(
     setting : {"reproducible", "fast"}
         The same here: matrix products of other shapes round differently in mlx, so logits move by
         about 5e-5 with the way a prompt is cut, and ``info.batch_invariant`` is False.
+    layers : int, str or sequence of int, optional
+        Keep only these layers, renumbered from 0 (:mod:`steersman.core.layers`).
 
     Raises
     ------
@@ -72,7 +76,7 @@ def open_model(
         raise UsageError(f"setting {setting!r}: unknown; known: reproducible, fast")
     from .load import open_model as load
 
-    return load(source, context=context, dtype=dtype, device=device, threads=threads)
+    return load(source, context=context, dtype=dtype, device=device, threads=threads, layers=layers)
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ import mlx.nn as nn  # noqa: E402
 
 from steersman.core.errors import InvalidInput, MissingDependency, UsageError  # noqa: E402
 from steersman.core.fingerprint import weights_fingerprint  # noqa: E402
+from steersman.core.layers import (  # noqa: E402
+    LayerChoice,
+    check_period,
+    choose_layers,
+    kept_facts,
+)
 from steersman.core.locate import ModelSource  # noqa: E402
 from steersman.core.model import ModelInfo, Tokenizer  # noqa: E402
 
@@ -50,6 +56,7 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    layers: LayerChoice | None = None,
 ) -> MLXModel:
     """Open a model; see :func:`steersman.backends.mlx.open_model`."""
     if dtype not in _DTYPES:
@@ -61,18 +68,24 @@ def open_model(
     check_file(source)
     with mx.stream(where):
         opened = _read(source, dtype, where)
-        net, config, kind, compute = _build(opened, dtype, where)
+        config = families.mlx_config(opened.config, opened.where)
+        net, kind, compute, kept = _build(opened, config, dtype, where, layers)
     trained = families.context_of(config, opened.where)
     if context is not None and not 1 <= context <= trained:
         raise UsageError(f"--ctx-size {context}: {source.name} takes 1 to {trained}")
+    facts: Any = kept_facts(
+        source.name,
+        weights_fingerprint(source.path),
+        {"blas": BLAS.name} if where == mx.cpu else {},
+        kept,
+    )
     info = ModelInfo(
-        name=source.name,
         backend="mlx",
         path=str(source.path),
         architecture=str(config["model_type"]),
         dtype=kind,
         device=_describe(where),
-        layers=int(config["num_hidden_layers"]),
+        layers=len(net.model.layers),
         width=int(config["hidden_size"]),
         heads=int(config["num_attention_heads"]),
         vocab_size=int(config["vocab_size"]),
@@ -82,8 +95,7 @@ def open_model(
         # rows beside it, moves logits by about 5e-5 (measured).
         batch_invariant=False,
         threads=used_threads,
-        fingerprint=weights_fingerprint(source.path),
-        extra={"blas": BLAS.name} if where == mx.cpu else {},
+        **facts,
     )
     return MLXModel(net, info=info, tokenizer=opened.tokenizer, device=where, compute_dtype=compute)
 
@@ -147,10 +159,13 @@ def _group(config: Mapping[str, Any], where: str) -> int | None:
 
 
 def _build(
-    opened: _Opened, dtype: str, device: mx.Device
-) -> tuple[nn.Module, dict[str, Any], str, mx.Dtype]:
-    """Return the evaluated model, its config, the name of its weight type, activations' type."""
-    config = families.mlx_config(opened.config, opened.where)
+    opened: _Opened,
+    config: Mapping[str, Any],
+    dtype: str,
+    device: mx.Device,
+    layers: LayerChoice | None,
+) -> tuple[nn.Module, str, mx.Dtype, tuple[int, ...] | None]:
+    """Return the evaluated model, the name of its weight type, activations' type, kept layers."""
     family = families.family_of(config, opened.where)
     module = import_mlx_lm(f"models.{family.module}")
     try:
@@ -160,6 +175,7 @@ def _build(
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise InvalidInput(f"{opened.where}: mlx-lm cannot use this config ({error})") from None
     families.check_rope(net, config, opened.where)
+    kept = choose_layers(layers, len(net.model.layers), model=opened.where)
     tensors = dict(opened.tensors)
     if hasattr(net, "sanitize"):
         tensors = net.sanitize(tensors)
@@ -169,11 +185,30 @@ def _build(
     net.eval()
     try:
         net.load_weights(list(tensors.items()), strict=True)
+        if kept is not None:  # nothing is computed yet, so what is left out costs no memory
+            _keep_layers(net, config, kept, opened.where)
         weights.evaluate(net)
     except (ValueError, RuntimeError) as error:
         raise InvalidInput(f"{opened.where}: {str(error).strip().splitlines()[0]}") from None
     taps.install(net, import_mlx_lm(f"models.{family.attention}"))
-    return net, config, kind, compute
+    return net, kind, compute, kept
+
+
+def _keep_layers(
+    net: nn.Module, config: Mapping[str, Any], kept: Sequence[int], where: str
+) -> None:
+    """Leave an mlx-lm model only these layers; each keeps what it was built with."""
+    if config["model_type"] == "gemma3_text":  # asks for the number again at every call
+        period = int(config["sliding_window_pattern"])
+        check_period(kept, period, where=where, why="mlx tells windows from full attention")
+        if len(kept) < period:
+            raise UsageError(f"layers: {where}: mlx needs at least {period} of them")
+    inner = net.model
+    inner.layers = [inner.layers[i] for i in kept]
+    if hasattr(inner, "fa_idx"):  # llama: which layers' caches the two masks are made from
+        sliding = [bool(layer.use_sliding) for layer in inner.layers]
+        inner.fa_idx = sliding.index(False) if False in sliding else 0
+        inner.swa_idx = sliding.index(True) if True in sliding else None
 
 
 def _convert(

@@ -11,6 +11,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from steersman.core.layers import LayerChoice
     from steersman.core.locate import ModelSource
 
     from .model import TorchModel
@@ -40,6 +41,7 @@ def open_model(
     threads: int | None = None,
     path: str = "auto",
     setting: str = "reproducible",
+    layers: LayerChoice | None = None,
 ) -> TorchModel:
     """Open a Hugging Face folder, or a GGUF file by way of its converted folder.
 
@@ -63,6 +65,8 @@ def open_model(
         in the batch, where this engine can (native path on CPU, float32 or float16);
         ``info.batch_invariant`` says whether a probe found it to hold. "fast" lets a token alone
         take faster kernels; its logits then differ by about 3e-5 in float32.
+    layers : int, str or sequence of int, optional
+        Keep only these layers, renumbered from 0 (:mod:`steersman.core.layers`).
 
     Raises
     ------
@@ -83,6 +87,7 @@ def open_model(
         threads=threads,
         path=path,
         setting=setting,
+        layers=layers,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ def build_native(
     tokenizer: Tokenizer,
     device: torch.device,
     *,
+    kept: Sequence[int] | None = None,
     strict: bool = False,
 ) -> NativeModel:
-    """Read the weights of ``folder`` and return the native model.
+    """Read the weights of ``folder`` and return the native model, of the kept layers alone.
 
     Raises
     ------
@@ -51,7 +53,7 @@ def build_native(
     """
     builder = _Builder(source, folder, config, info.dtype, device, strict=strict)
     try:
-        return builder.model(info, tokenizer)
+        return builder.model(info, tokenizer, range(config.layers) if kept is None else kept)
     except OverflowError as error:
         raise InvalidInput(f"{folder}: --dtype float16: {error}; use float32") from None
 
@@ -178,8 +180,8 @@ class _Builder:
             down=self._linear(i, {"mlp.down_proj": config.width}, config.inner),
         )
 
-    def model(self, info: ModelInfo, tokenizer: Tokenizer) -> NativeModel:
-        config = self.config
+    def model(self, info: ModelInfo, tokenizer: Tokenizer, kept: Sequence[int]) -> NativeModel:
+        config = replace(self.config, layers=len(kept))
         shape = (config.vocab_size, config.width)
         embedding = self.weights.get("model.embed_tokens.weight", *shape)
         head = embedding if config.tied else self.weights.get("lm_head.weight", *shape)
@@ -194,7 +196,7 @@ class _Builder:
             self.compute,
             config=config,
             embedding=table,
-            layers=[self._layer(i) for i in range(config.layers)],
+            layers=[self._layer(i) for i in kept],
             norm=self._vector("model.norm.weight", config.width),
             project=self._store(lambda: head),
             strict=self.strict,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,28 @@ def load_module(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
             "the torch backend needs attention in every layer"
         )
     return module.to(device).eval()
+
+
+def keep_layers(module: Any, kept: Sequence[int], where: str) -> None:
+    """Leave a transformers model only these of its layers, renumbered from 0.
+
+    Raises
+    ------
+    UsageError
+        The architecture keeps its layers, or what it knows of each, in a way that is not known.
+    """
+    decoder, config = module.get_decoder(), module.config.get_text_config()
+    name = next((name for name in _LAYER_LISTS if hasattr(decoder, name)), None)
+    whole = list(getattr(decoder, name)) if name is not None else []
+    if name is None or len(whole) != config.num_hidden_layers:
+        raise UsageError(f"{where}: the layers of this architecture cannot be chosen on torch")
+    for new, old in enumerate(kept):
+        for part in whole[old].modules():
+            if getattr(part, "layer_idx", None) is not None:
+                part.layer_idx = new  # where its keys and values are cached
+    setattr(decoder, name, torch.nn.ModuleList(whole[i] for i in kept))
+    # What the model looks up by number while it runs.
+    for key, value in list(config.to_dict().items()):
+        if "layer" in key and isinstance(value, list | tuple) and len(value) == len(whole):
+            setattr(config, key, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)

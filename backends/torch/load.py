@@ -13,6 +13,7 @@ import torch
 
 from steersman.core.errors import MissingDependency, UsageError, did_you_mean
 from steersman.core.fingerprint import weights_fingerprint
+from steersman.core.layers import LayerChoice, choose_layers, kept_facts
 from steersman.core.locate import ModelSource
 from steersman.core.model import Forward, ModelInfo, Tokenizer
 
@@ -39,6 +40,7 @@ def open_model(
     threads: int | None,
     path: str,
     setting: str,
+    layers: LayerChoice | None = None,
 ) -> TorchModel:
     """Open a model; see :func:`steersman.backends.torch.open_model`."""
     _one_of("--dtype", dtype, DTYPES)
@@ -64,6 +66,10 @@ def open_model(
     strict = setting == "reproducible" and native and place.type == "cpu" and dtype in _STRICT
     tokenizer: Tokenizer = open_tokenizer(folder)
     info = _info(source, file, values, dtype=dtype, place=place, context=context, native=native)
+    kept = choose_layers(layers, info.layers, model=source.name)
+    if kept is not None:
+        facts: Any = kept_facts(info.name, info.fingerprint, info.extra, kept)
+        info = replace(info, layers=len(kept), **facts)
     if native:
         model: TorchModel = build_native(
             source,
@@ -72,13 +78,16 @@ def open_model(
             info,
             tokenizer,
             place,
+            kept=kept,
             strict=strict,
         )
     else:
-        from .hf import HFModel, load_module  # imports transformers, one second
+        from .hf import HFModel, keep_layers, load_module  # imports transformers, one second
 
         compute = getattr(torch, dtype)
         module = load_module(folder, place, compute)
+        if kept is not None:
+            keep_layers(module, kept, str(source.path))
         hf = HFModel(info, tokenizer, place, compute, module)
         hf.check()
         model = hf

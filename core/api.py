@@ -187,7 +187,8 @@ def stream(
         0: raw and final log-probability of each token; n: the n most likely tokens as well.
     trace : int, optional
         n: tell in ``TokenEvent.trace`` what every stage of the chain changed (``Chain.explain``),
-        with the n likeliest tokens after it, 0..100. Some milliseconds per token.
+        with the n likeliest tokens after it, 0..100. Some milliseconds per token. Log-probabilities
+        come with it.
     session : Sessions, optional
         Cache kept between turns (:func:`open_session`). Only one stream may use it at a time.
     truncate : bool
@@ -233,7 +234,7 @@ def stream(
         limit=min(limit if limit is not None else room, room - len(ids)),
         context=room,
         stop=(*chosen.stop, *stop),
-        logprobs=logprobs,
+        logprobs=logprobs if logprobs is not None or trace is None else 0,
         trace=trace,
         cancelled=poll or (lambda: False),
         own=own,

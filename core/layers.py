@@ -58,7 +58,7 @@ def read_layers(choice: LayerChoice) -> int | tuple[int, ...]:
             raise UsageError(f"layers {choice}: at least 1 must be kept")
         return choice
     elif isinstance(choice, Sequence) and choice:
-        numbers = list(choice)
+        numbers = [*choice]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in numbers):
             raise UsageError(f"layers {choice!r}: {_EXAMPLE}")
     else:

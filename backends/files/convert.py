@@ -9,25 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steersman.core.errors import SteersmanError
-from steersman.core.fingerprint import file_sha256, remember, stamp
+from steersman.core.fingerprint import file_sha256
 from steersman.core.locate import ModelSource
 from steersman.core.paths import cache_dir
 
 from . import gguf_tokenizer
 from .architectures import ModelPlan, TensorPlan, plan_model
 from .gguf import GGUFHeader, StringArray, read_header
+from .made import made_folder, write_json
 
 FORMAT = 1  # raise it when a conversion must be made anew
-_NOTE = "steersman.json"
 
 
 def converted_dir() -> Path:
@@ -68,69 +63,27 @@ def as_hf_folder(source: ModelSource) -> Path:
     if source.kind == "hf":
         return source.path
     digest = file_sha256(source.path)
-    found = _find(digest)
-    if found is not None:
-        return found
-    from filelock import FileLock
-
-    converted_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(converted_dir() / f".{digest[:16]}.lock"):
-        found = _find(digest)  # made by another process while this one waited
-        return found if found is not None else _convert(source, digest)
-
-
-def _find(digest: str) -> Path | None:
-    """Return the sound conversion of the file with this hash, if there is one."""
-    for folder in sorted(converted_dir().glob(f"*-{digest[:16]}")):
-        if _sound(folder, digest):
-            return folder
-    return None
+    return made_folder(
+        converted_dir(),
+        source.name,
+        digest,
+        usable=lambda note: (note["format"], note["source"]["sha256"]) == (FORMAT, digest),
+        need=lambda: sum(map(_nbytes, plan_model(read_header(source.path)).tensors.values())),
+        fill=lambda work: _convert(source, digest, work),
+    )
 
 
-def _sound(folder: Path, digest: str) -> bool:
-    try:
-        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-        if note["format"] != FORMAT or note["source"]["sha256"] != digest:
-            return False
-        files: Mapping[str, str] = note["files"]
-        # Hashes are remembered by size and time of change, so this reads a file only once.
-        return all(file_sha256(folder / name) == expected for name, expected in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _convert(source: ModelSource, digest: str) -> Path:
+def _convert(source: ModelSource, digest: str, work: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write the files into ``work``; return their hashes and the note."""
     header = read_header(source.path)
     plan = plan_model(header)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".-") or "model"
-    target = converted_dir() / f"{name[:80]}-{digest[:16]}"
-    need = sum(_nbytes(tensor) for tensor in plan.tensors.values())
-    free = shutil.disk_usage(converted_dir()).free
-    if free < need * 1.02 + (64 << 20):
-        raise SteersmanError(
-            f"{converted_dir()}: {need / 1e9:.1f} GB needed to convert {source.name}, "
-            f"{free / 1e9:.1f} GB free; free some space or set STEERSMAN_HOME"
-        )
-    work = Path(tempfile.mkdtemp(dir=converted_dir(), prefix=f".{target.name}."))
-    try:
-        hashes = {"model.safetensors": _write_weights(work / "model.safetensors", header, plan)}
-        hashes |= _write_texts(work, header, plan)
-        note = {
-            "format": FORMAT,
-            "source": {"name": source.path.name, "sha256": digest, "size": header.file_size},
-            "architecture": header.architecture,
-            "files": hashes,
-        }
-        _write_json(work / _NOTE, note)
-        if target.exists():  # an older format, or damaged
-            shutil.rmtree(target)
-        os.rename(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    for file, expected in hashes.items():
-        remember("hashes", stamp(target / file), expected)
-    return target
+    hashes = {"model.safetensors": _write_weights(work / "model.safetensors", header, plan)}
+    hashes |= _write_texts(work, header, plan)
+    return hashes, {
+        "format": FORMAT,
+        "source": {"name": source.path.name, "sha256": digest, "size": header.file_size},
+        "architecture": header.architecture,
+    }
 
 
 def _nbytes(tensor: TensorPlan) -> int:
@@ -196,8 +149,8 @@ def _write_texts(work: Path, header: GGUFHeader, plan: ModelPlan) -> dict[str, s
         "eos_token_id": ends,
         "pad_token_id": special["pad"],
     }
-    _write_json(work / "config.json", {**plan.config, **ids})
-    _write_json(work / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(work / "config.json", {**plan.config, **ids})
+    write_json(work / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     gguf_tokenizer.build_tokenizer(header).save(str(work / "tokenizer.json"), pretty=False)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -209,10 +162,6 @@ def _write_texts(work: Path, header: GGUFHeader, plan: ModelPlan) -> dict[str, s
     template = header.get("tokenizer.chat_template", str)
     if template is not None:
         config["chat_template"] = template
-    _write_json(work / "tokenizer_config.json", config)
+    write_json(work / "tokenizer_config.json", config)
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     return {name: hashlib.sha256((work / name).read_bytes()).hexdigest() for name in names}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -9,6 +9,8 @@ from steersman.core.errors import MissingDependency, UsageError, did_you_mean
 from steersman.core.locate import ModelSource
 
 if TYPE_CHECKING:
+    from steersman.core.layers import LayerChoice
+
     from .model import LlamaModel
 
 __all__ = ["open_model", "versions"]
@@ -42,6 +44,7 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    layers: LayerChoice | None = None,
     **options: Any,
 ) -> LlamaModel:
     """Load a GGUF file.
@@ -61,6 +64,9 @@ def open_model(
         "reproducible" (the default) gives the same logits however a prompt is cut into calls, as
         far as the weight types allow: ``info.batch_invariant`` says what was found. "fast" is the
         engine's own choice, with prompts read about 1.2 times as fast.
+    layers : int, str or sequence of int, optional
+        Keep only these layers, renumbered from 0 (:mod:`steersman.core.layers`). The engine cannot
+        leave layers out, so a file without them is written once, into the cache.
 
     Raises
     ------
@@ -72,7 +78,9 @@ def open_model(
         An option cannot be used as given.
     """
     from steersman.backends.files.gguf import read_header
+    from steersman.backends.files.gguf_layers import block_count, with_layers
     from steersman.backends.files.guard import check_file
+    from steersman.core.layers import choose_layers
 
     from . import lib
     from .model import SETTINGS, LlamaModel, context_option, load_handle
@@ -81,7 +89,9 @@ def open_model(
     setting = options.pop("setting", "reproducible")
     if options:
         name = next(iter(options))
-        raise UsageError(f"{name}: unknown option of llamacpp{did_you_mean(name, ['setting'])}")
+        raise UsageError(
+            f"{name}: unknown option of llamacpp{did_you_mean(name, ['setting', 'layers'])}"
+        )
     if setting not in SETTINGS:
         raise UsageError(f"setting {setting!r}: unknown{did_you_mean(str(setting), SETTINGS)}")
     context = context_option(context)
@@ -99,6 +109,11 @@ def open_model(
     if not source.trusted:
         check_file(source)
     header = read_header(source.path)
+    kept = None
+    if layers is not None:
+        kept = choose_layers(layers, block_count(header), model=source.name)
+        if kept is not None:
+            header = read_header(with_layers(source, kept))
     if not lib.check_layout():
         raise MissingDependency(
             "llama-cpp-python: this version lays out tensors differently; "
@@ -115,12 +130,13 @@ def open_model(
             "rebuild it with CMAKE_ARGS for your GPU, or use device 'cpu'"
         )
     on_gpu = offload and device != "cpu"
-    handle = load_handle(source.path, gpu_layers=-1 if on_gpu else 0)
+    handle = load_handle(header.path, gpu_layers=-1 if on_gpu else 0)
     count, reason = choose_threads(threads, meter)
     return LlamaModel(
         handle,
         header,
-        name=source.name,
+        source=source,
+        kept=kept,
         setting=SETTINGS[setting],
         context=context,
         device="gpu" if on_gpu else "cpu",

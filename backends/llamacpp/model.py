@@ -16,6 +16,8 @@ from steersman.backends.files.gguf import GGUFHeader
 from steersman.core.array import to_numpy
 from steersman.core.errors import BackendError, InvalidInput, UsageError
 from steersman.core.fingerprint import remember, remembered, stamp, weights_fingerprint
+from steersman.core.layers import kept_facts
+from steersman.core.locate import ModelSource
 from steersman.core.model import Capability, IntArray, Model, ModelInfo
 
 from . import lib
@@ -65,7 +67,9 @@ class LlamaModel(Model):
     ----------
     handle : ModelHandle
     header : GGUFHeader
-    name : str
+    source : ModelSource
+    kept : sequence of int, optional
+        Layers of the source that the file holds; all of them if None.
     setting : Setting
     context : int, optional
         Most positions per row; at most what the model was trained for.
@@ -83,14 +87,15 @@ class LlamaModel(Model):
         handle: ModelHandle,
         header: GGUFHeader,
         *,
-        name: str,
+        source: ModelSource,
+        kept: Sequence[int] | None = None,
         setting: Setting,
         context: int | None,
         device: str,
         threads: int,
         reason: str,
     ) -> None:
-        pointer, path = handle.pointer, header.path
+        pointer, path, name = handle.pointer, source.path, source.name
         if llama.llama_model_has_encoder(pointer) or not llama.llama_model_has_decoder(pointer):
             raise InvalidInput(
                 f"{path}: an encoder ({header.architecture}); only decoders can generate"
@@ -116,8 +121,13 @@ class LlamaModel(Model):
         )
         heads = int(llama.llama_model_n_head(pointer))
         self.bytes_per_cell = _bytes_per_cell(header, layers, width, max(heads, 1))
+        facts: Any = kept_facts(
+            name,
+            weights_fingerprint(path),
+            {"setting": setting.name, "threads": reason},
+            kept,
+        )
         self.info = ModelInfo(
-            name=name,
             backend="llamacpp",
             path=str(path),
             architecture=header.architecture,
@@ -131,14 +141,13 @@ class LlamaModel(Model):
             trained_context=trained,
             batch_invariant=False,
             threads=threads,
-            fingerprint=weights_fingerprint(path),
-            extra={"setting": setting.name, "threads": reason},
+            **facts,
         )
         self.weights = Weights(
             header, width=width, vocab_size=self.tokenizer.vocab_size, threads=threads
         )
         self.capabilities = ~Capability.NONE  # for the probe only
-        facts = self._facts(stamp(path))
+        facts = self._facts(stamp(header.path))
         self.weights.scale = facts.scale
         self.info = replace(self.info, batch_invariant=facts.batch_invariant)
         self.capabilities = self._offered(facts)

@@ -163,9 +163,9 @@ def test_converts_once_and_repairs_damage(tmp_path: Path, monkeypatch: pytest.Mo
     made: list[str] = []
     real = convert._convert
 
-    def counted(source: ModelSource, digest: str) -> Path:
+    def counted(source: ModelSource, digest: str, work: Path) -> Any:
         made.append(digest)
-        return real(source, digest)
+        return real(source, digest, work)
 
     monkeypatch.setattr(convert, "_convert", counted)
     folder = as_hf_folder(source)
@@ -213,7 +213,7 @@ def test_two_processes_convert_together(tmp_path: Path) -> None:
 
 def test_refuses_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, source = _tiny("llama", tmp_path)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("U", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("U", (), {"free": 1000}))
     with pytest.raises(SteersmanError, match="GB free"):
         as_hf_folder(source)
 

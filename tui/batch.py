@@ -29,6 +29,7 @@ from . import common, generation, output
 from .batch_input import Item, lines, parse
 from .envelope import PARTIAL, Envelope, problem, to_json
 from .interrupts import ctrl_c_cancels
+from .tracing import Recorder, TraceArgs
 
 if TYPE_CHECKING:
     from steersman.core.model import Model
@@ -44,11 +45,13 @@ def run_batch(
     system: str | None,
     top_logprobs: int | None,
     envelope: Envelope,
+    trace_args: TraceArgs | None = None,
 ) -> None:
     """Generate for every line of ``source``; results go to ``out`` or stdout.
 
     A line that is malformed or cannot be answered gets a result with ``error``, and the exit code
-    becomes 7. Ctrl-C ends after the results so far (exit code 130).
+    becomes 7. Ctrl-C ends after the results so far (exit code 130). A trace beside ``out`` is
+    appended to, like ``out`` itself.
     """
     if envelope.json and out is None:
         raise UsageError("--json: results of a batch go to stdout; name a file with --out")
@@ -60,6 +63,7 @@ def run_batch(
         "settings": [vars(s) for s in common.settings(profile, model_args, sampling)],
     }
     with (
+        (trace_args or TraceArgs()).recorder(append=out is not None) as recorder,
         _source(source) as (file, total),
         common.load_model(model_args, profile=profile, envelope=envelope) as model,
     ):
@@ -69,7 +73,7 @@ def run_batch(
             profile.fingerprint, sampling.stop, sampling.seed, sampling.truncate, chat, system,
             top_logprobs,
         )  # fmt: skip
-        worker = _Worker(model, sampling, top_logprobs, envelope)
+        worker = _Worker(model, sampling, top_logprobs, recorder, envelope)
         with _Sink(out) as sink, ctrl_c_cancels() as cancel:
             done, failed = sink.done, sink.failed
             with output.progress(total, label="generate", unit="line", done=done) as bar:
@@ -90,6 +94,8 @@ def run_batch(
                     bar.update()
             cancelled = cancel.is_set()
     envelope.artifacts = {"out": out} if out else {}
+    if recorder.path is not None:
+        envelope.artifacts["trace"] = recorder.path
     envelope.metrics = {"done": done, "failed": failed, "total": total, "resumed": sink.done}
     if sink.done:
         output.note(f"{out}: {sink.done} results were there already")
@@ -131,6 +137,7 @@ class _Worker:
         model: Model,
         sampling: common.SamplingArgs,
         top_logprobs: int | None,
+        recorder: Recorder,
         envelope: Envelope,
     ) -> None:
         from steersman.core import open_session
@@ -138,6 +145,7 @@ class _Worker:
         self._model = model
         self._sampling = sampling
         self._logprobs = top_logprobs
+        self._recorder = recorder
         self._envelope = envelope
         self._session = open_session(model)
         self._base = sampling.seed if sampling.seed is not None else Rng.fresh().seed
@@ -187,6 +195,8 @@ class _Worker:
             profile,
             cancel=cancel,
             session=self._session,
+            recorder=self._recorder,
+            request=item.line,
             logprobs=logprobs,
             **options,
         )

@@ -79,7 +79,7 @@ def option(*names: str, env: str | None = None, **settings: Any) -> Callable[[F]
     return click.option(*names, **settings)
 
 
-def _collect(names: Sequence[str], into: str, build: Callable[..., Any]) -> Callable[[F], F]:
+def collect(names: Sequence[str], into: str, build: Callable[..., Any]) -> Callable[[F], F]:
     """Replace the keyword arguments ``names`` of a command by one, ``into``."""
 
     def decorate(function: F) -> F:
@@ -151,7 +151,7 @@ class ModelArgs:
 
 
 model_options = _stack(
-    _collect(
+    collect(
         ["model", "backend", "ctx_size", "threads", "dtype", "device", "setting", "offline"],
         "model_args",
         ModelArgs,
@@ -288,7 +288,7 @@ def _sampling(**values: Any) -> SamplingArgs:
 
 
 sampling_options = _stack(
-    _collect(
+    collect(
         ["profile", "option", "temp", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop",
          "truncate"],
         "sampling",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from steersman.core.model import Model
     from steersman.core.profile import Profile
 
+    from .tracing import Recorder
+
 
 @dataclass
 class Printer:
@@ -171,12 +173,22 @@ def run(
     printer: Printer | None = None,
     cancel: threading.Event | None = None,
     envelope: Envelope | None = None,
+    recorder: Recorder | None = None,
+    request: int | None = None,
     **options: Any,
 ) -> Collected:
-    """Generate; show the text through ``printer`` and return all that was learned."""
+    """Generate; show the text through ``printer`` and return all that was learned.
+
+    With a ``recorder`` the events go into its trace, as ``request`` if that is given.
+    """
     from steersman.core import stream
 
+    if recorder is not None:
+        options["trace"] = recorder.top
     events = stream(model, prompt, profile=profile, cancel=cancel, **options)
+    if recorder is not None:
+        models = {**(options.get("models") or {}), "target": model}
+        events = recorder.follow(events, models=models, profile=profile, request=request)
     return follow(events, printer=printer, envelope=envelope)
 
 

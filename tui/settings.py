@@ -42,6 +42,8 @@ SETTINGS: Mapping[str, tuple[type, ...]] = {
     "seed": (int,),
     "stop": (str, list),
     "truncate": (bool,),
+    "trace_top": (int,),
+    "trace_limit": (int, str),
     "quiet": (bool,),
     "output": (str,),
     "system": (str,),

@@ -15,6 +15,7 @@ from .. import common, output
 from ..conversation import Conversation
 from ..envelope import problem
 from ..interrupts import ctrl_c_cancels
+from ..tracing import Recorder, TraceArgs, trace_options
 
 HELP = """\
 /profile [NAME]     show profiles, or decode with another one from now on
@@ -25,6 +26,7 @@ HELP = """\
 /regenerate [NAME]  answer the last message again, with another profile if one is named
 /system [TEXT]      set the system message; without TEXT remove it
 /clear              forget the conversation
+/trace [FILE]       record how each token comes about; without FILE stop recording
 /save FILE          write it to FILE: JSONL, or Markdown if the name ends in .md
 /help               this list
 /quit               leave (also Ctrl-D)
@@ -37,9 +39,13 @@ begins with /, write // instead."""
 @common.option("-s", "--system", metavar="TEXT", help="System message.")
 @common.model_options
 @common.sampling_options
+@trace_options
 @common.output_options
 def command(
-    system: str | None, model_args: common.ModelArgs, sampling: common.SamplingArgs
+    system: str | None,
+    model_args: common.ModelArgs,
+    sampling: common.SamplingArgs,
+    trace_args: TraceArgs,
 ) -> None:
     """Chat line by line; /help lists what can be changed on the way.
 
@@ -47,7 +53,8 @@ def command(
     """
     if output.state.json:
         raise UsageError("--json: chat has none; use steersman generate --chat --json")
-    with _Chat(Conversation(system=system), model_args, sampling) as chat:
+    recorder = trace_args.recorder()
+    with _Chat(Conversation(system=system), model_args, sampling, recorder) as chat:
         chat.loop()
 
 
@@ -59,10 +66,12 @@ class _Chat:
         conversation: Conversation,
         model_args: common.ModelArgs,
         sampling: common.SamplingArgs,
+        recorder: Recorder,
     ) -> None:
         from steersman.core import open_session
 
         self.conversation = conversation
+        self.recorder = recorder
         self.model_args = model_args
         self.sampling = sampling
         self.failed = False
@@ -78,6 +87,7 @@ class _Chat:
             "regenerate": self.regenerate,
             "system": self.set_system,
             "clear": self.clear,
+            "trace": self.set_trace,
             "save": self.save,
             "help": lambda _: output.print_text(HELP),
         }
@@ -86,6 +96,7 @@ class _Chat:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.recorder.close()
         self.session.close()
         self.model.close()
 
@@ -171,6 +182,7 @@ class _Chat:
                     printer=printer,
                     cancel=cancel,
                     session=self.session,
+                    recorder=self.recorder,
                     **self.sampling.stream_options(),
                 )
         except BaseException:
@@ -293,6 +305,13 @@ class _Chat:
         """``/clear``."""
         self.conversation.messages.clear()
         output.note("the conversation is forgotten")
+
+    def set_trace(self, name: str) -> None:
+        """``/trace``."""
+        recorder = Recorder(Path(name).expanduser() if name else None)
+        self.recorder.close()
+        self.recorder = recorder
+        output.note(f"recording to {name}" if name else "nothing is recorded from now on")
 
     def save(self, name: str) -> None:
         """``/save``."""

@@ -11,6 +11,7 @@ from steersman.core.errors import UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from ..tracing import TraceArgs, trace_options
 
 
 @click.command("generate", context_settings={"max_content_width": 100})
@@ -45,6 +46,7 @@ from ..interrupts import ctrl_c_cancels
     "--jsonl", metavar="FILE", envvar=None, help="Batch: one JSON object per line; - is stdin."
 )
 @common.option("--out", metavar="FILE", envvar=None, help="Batch: append results here; resumable.")
+@trace_options
 @common.output_options
 def command(
     file: str | None,
@@ -59,6 +61,7 @@ def command(
     stream: bool | None,
     jsonl: str | None,
     out: str | None,
+    trace_args: TraceArgs,
 ) -> None:
     """Continue a text (default) or answer a chat message (--chat).
 
@@ -86,6 +89,7 @@ def command(
                 chat=chat,
                 system=system,
                 top_logprobs=top_logprobs,
+                trace_args=trace_args,
                 envelope=envelope,
             )
         return
@@ -101,6 +105,7 @@ def command(
             top_logprobs=top_logprobs,
             show_chain=show_chain,
             live=output.is_terminal(sys.stdout) if stream is None else stream,
+            trace_args=trace_args,
             envelope=envelope,
         )
 
@@ -139,6 +144,7 @@ def _generate(
     top_logprobs: int | None,
     show_chain: bool,
     live: bool,
+    trace_args: TraceArgs,
     envelope: common.Envelope,
 ) -> None:
     from .. import generation  # not for --help: it imports NumPy
@@ -166,7 +172,10 @@ def _generate(
     if chat:
         wanted = [{"role": "system", "content": system}] if system is not None else []
         wanted.append({"role": "user", "content": prompt})
-    with common.load_model(model_args, profile=profile, envelope=envelope) as model:
+    with (
+        trace_args.recorder() as recorder,
+        common.load_model(model_args, profile=profile, envelope=envelope) as model,
+    ):
         logprobs = top_logprobs if top_logprobs is not None else (0 if envelope.json else None)
         printer = None if envelope.json else generation.Printer(live=live)
         with ctrl_c_cancels() as cancel:
@@ -177,11 +186,14 @@ def _generate(
                 printer=printer,
                 cancel=cancel,
                 envelope=envelope,
+                recorder=recorder,
                 logprobs=logprobs,
                 **sampling.stream_options(),
             )
         envelope.result = done.record(model, logprobs=logprobs is not None)
     envelope.metrics = generation.timings_record(done.timings)
+    if recorder.path is not None:
+        envelope.artifacts["trace"] = recorder.path
     if not envelope.json:
         if top_logprobs is not None:
             print(_token_table(envelope.result["logprobs"]))

@@ -38,6 +38,7 @@ from .forward import Forward as Forward
 from .forward import IntArray as IntArray
 from .forward import Output as Output
 from .forward import Plan as Plan
+from .layers import LayerChoice
 from .session import Session as Session
 
 
@@ -166,6 +167,19 @@ class Model(ABC):
     @abstractmethod
     def head(self, hidden: Array) -> Array:
         """Apply the final norm and the output projection: (..., D) to float32 logits (..., V)."""
+
+    def with_layers(self, layers: LayerChoice) -> Model | None:
+        """Return a model of some of these layers that holds no weights of its own.
+
+        None where the engine cannot share them; then ``load(..., layers=...)`` reads them again.
+        Each of the two may be closed without harm to the other.
+
+        Raises
+        ------
+        UsageError
+            The choice does not fit the model (see :mod:`.layers`).
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027 - optional for adapters
         """Free the engine's memory; using the model afterwards is an error."""

@@ -6,13 +6,17 @@ time per token of the general path, and the same numbers in float32.
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steersman.core.errors import UsageError
+from steersman.core.layers import LayerChoice, choose_layers, kept_facts
 from steersman.core.model import ModelInfo, Tokenizer
 
 from .cache import KVCache, Layout
@@ -162,9 +166,19 @@ class NativeModel(TorchModel):
             captured.hidden[config.layers] = x
         return x
 
-    def keep_layers(self, count: int) -> None:
-        """Drop all but the first layers; on a shallow copy this leaves the original whole."""
-        self._layers = self._layers[:count]
+    def with_layers(self, layers: LayerChoice) -> NativeModel:
+        """Return a model of some of the layers; its weights are this one's."""
+        kept = choose_layers(layers, self.config.layers, model=self.info.name)
+        if "layers" in self.info.extra:
+            raise UsageError(f"{self.info.name}: choose among the layers of the whole model")
+        small = copy.copy(self)
+        if kept is not None:
+            info = self.info
+            facts: Any = kept_facts(info.name, info.fingerprint, info.extra, kept)
+            small.info = replace(info, layers=len(kept), **facts)
+            small.config = replace(self.config, layers=len(kept))
+            small._layers = [self._layers[i] for i in kept]
+        return small
 
     def close(self) -> None:
         self._layers = []

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UsageError, did_you_mean
 from .beam import BeamSearch
 from .best_of_n import BestOfN
+from .block_diffusion import BlockDiffusion
 from .contrastive import ContrastiveSearch
 from .dola import DoLa
 from .sample import Sample
@@ -21,6 +22,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "dola": DoLa,
     "best_of_n": BestOfN,
     "soft_thinking": SoftThinking,
+    "block_diffusion": BlockDiffusion,
 }
 
 ENTRY_POINTS = "steersman.strategies"

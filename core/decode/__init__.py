@@ -12,6 +12,7 @@ from .best_of_n import BestOfN
 from .block_diffusion import BlockDiffusion
 from .contrastive import ContrastiveSearch
 from .dola import DoLa
+from .opera import Opera
 from .sample import Sample
 from .soft_thinking import SoftThinking
 
@@ -22,6 +23,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "dola": DoLa,
     "best_of_n": BestOfN,
     "soft_thinking": SoftThinking,
+    "opera": Opera,
     "block_diffusion": BlockDiffusion,
 }
 

@@ -6,7 +6,6 @@ Nothing here imports an engine; ``load`` finds one by name.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from .array import to_numpy
-from .backend import installed_backends, known_backends, load_with
+from .backend import engine_for, load_with
 from .decode.events import Event, Finished, Started, Timings, TokenEvent, Withdrawn
 from .decode.rng import Rng
 from .decode.sessions import Sessions
-from .errors import ContextOverflow, MissingDependency, UsageError
+from .errors import ContextOverflow, UsageError
+from .evidence import evidence_spans
 from .layers import LayerChoice, read_layers
-from .locate import ModelSource, locate
+from .locate import locate
 from .model import Capability, Forward, IntArray, Model, Tokenizer
 from .ops import target_logprobs
 
@@ -86,16 +86,17 @@ def load(
         read_layers(layers)  # a slip in writing is told before anything is opened
         options["layers"] = layers
     source = locate(model, offline=offline)
-    name = _choose_backend(source) if backend == "auto" else backend
+    name = engine_for(source.kind) if backend == "auto" else backend
     if threads is None:
         threads = _threads_from_environment()
     if threads is not None and threads < 1:
         raise UsageError(f"threads: must be at least 1, got {threads}")
     if context is not None and context < 8:
         raise UsageError(f"context: must be at least 8, got {context}")
-    return load_with(
-        name, source, context=context, dtype=dtype, device=device, threads=threads, **options
-    )
+    said = {"context": context, "dtype": dtype, "device": device, "threads": threads, **options}
+    opened = load_with(name, source, **said)
+    opened.options = {"model": model, "backend": name, **said, "offline": offline}
+    return opened
 
 
 def _threads_from_environment() -> int | None:
@@ -105,21 +106,6 @@ def _threads_from_environment() -> int | None:
     if not value.isdecimal():
         raise UsageError(f"STEERSMAN_THREADS: must be a whole number, got {value!r}")
     return int(value)
-
-
-def _choose_backend(source: ModelSource) -> str:
-    # A GGUF is llama.cpp's own format; on a Mac, MLX reads Hugging Face folders without copies.
-    suited = ["llamacpp", "mlx", "torch"] if source.kind == "gguf" else ["torch", "mlx"]
-    if sys.platform == "darwin" and source.kind == "hf":
-        suited = ["mlx", "torch"]
-    installed = installed_backends()
-    for name in suited:
-        if name in installed:
-            return name
-    raise MissingDependency(
-        f"no engine for {source.kind} files is installed; "
-        f'run: pip install "steersman[{suited[0]}]" (of {", ".join(known_backends())})'
-    )
 
 
 def open_session(model: Model | Mapping[str, Model], *, context: int | None = None) -> Sessions:
@@ -165,6 +151,7 @@ def stream(
     cancel: Callable[[], bool] | threading.Event | None = None,
     overrides: Mapping[str, Any] | None = None,
     models: Mapping[str, Model] | None = None,
+    evidence: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Generate, and yield typed events as they happen.
 
@@ -199,6 +186,9 @@ def stream(
         Profile parameters to change, such as ``{"temperature.t": 0.5}``.
     models : mapping of role to Model, optional
         Models for other roles ("draft", ...).
+    evidence : sequence of str
+        Texts of the prompt that the answer shall rest on; strategies that look at evidence (opera)
+        are told where they stand. Each must occur in the prompt.
 
     Yields
     ------
@@ -228,6 +218,9 @@ def stream(
     open_sessions = sessions.prepare(chosen.strategy, name=chosen.strategy_name)
     room = min(s.context for s in open_sessions.values())
     ids, cut = _fit(ids, room, truncate)
+    if isinstance(evidence, str):
+        raise UsageError("evidence: must be a sequence of texts, got one text")
+    spans = evidence_spans(model.tokenizer, ids, evidence)
     poll = cancel.is_set if isinstance(cancel, threading.Event) else cancel
     return _events(
         chosen, sessions, open_sessions, ids, cut, rng,
@@ -236,6 +229,7 @@ def stream(
         stop=(*chosen.stop, *stop),
         logprobs=logprobs if logprobs is not None or trace is None else 0,
         trace=trace,
+        evidence=spans,
         cancelled=poll or (lambda: False),
         own=own,
     )  # fmt: skip
@@ -254,6 +248,7 @@ def _events(
     stop: Sequence[str],
     logprobs: int | None,
     trace: int | None,
+    evidence: tuple[tuple[int, int], ...],
     cancelled: Callable[[], bool],
     own: bool,
 ) -> Iterator[Event]:
@@ -270,6 +265,7 @@ def _events(
             context=context,
             logprobs=logprobs,
             trace=trace,
+            evidence=evidence,
         )
         yield from decode(
             profile.strategy, open_sessions, request, rng, stop=stop, cancelled=cancelled

@@ -198,6 +198,7 @@ class _Worker:
             recorder=self._recorder,
             request=item.line,
             logprobs=logprobs,
+            evidence=item.evidence,
             **options,
         )
         if done.finish_reason == "cancelled":

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from steersman.core.errors import InvalidInput, did_you_mean
+from steersman.core.errors import InvalidInput, UsageError, did_you_mean
+from steersman.core.evidence import with_evidence
 
 MAX_LINE = 64 << 20
 
@@ -23,6 +24,7 @@ _STAGE_FIELDS: Mapping[str, str] = {
 _LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 _OWN_FIELDS = (
     "prompt", "messages", "id", "custom_id", "system", "profile", "seed", "stop", "logprobs",
+    "evidence",
     *_LIMIT_FIELDS, *_STAGE_FIELDS,
 )  # fmt: skip
 # In a request body a field that is not understood would change the answer unseen, so it is an
@@ -62,6 +64,8 @@ class Item:
     seed : int or None
     stop : tuple of str
     logprobs : int or None
+    evidence : tuple of str
+        Documents to answer from; the prompt holds them.
     kind : {"plain", "chat", "completion"}
         Shape of the result: ours, or that of an OpenAI batch answer.
     model : str or None
@@ -77,6 +81,7 @@ class Item:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    evidence: tuple[str, ...] = ()
     kind: str = "plain"
     model: str | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)
@@ -122,12 +127,14 @@ def _own(data: dict[str, Any], line: int, chat: bool, system: str | None) -> Ite
     taken = sorted(RESULT_FIELDS & set(passed))
     if taken:
         raise InvalidInput(f"{taken[0]}: results use this name; rename the field")
+    settings = _settings(data)
+    prompt = _prompt(data, chat, _text(data, "system") or system)
     return Item(
         line=line,
-        prompt=_prompt(data, chat, _text(data, "system") or system),
+        prompt=_with_evidence(prompt, settings.get("evidence", ())),
         profile=_text(data, "profile"),
         passed=passed,
-        **_settings(data),
+        **settings,
     )
 
 
@@ -156,7 +163,7 @@ def _openai(data: dict[str, Any], line: int) -> Item:
         settings["logprobs"] = _integer(wanted, "logprobs", 0, 1000)
     return Item(
         line=line,
-        prompt=_prompt(body, False, None),
+        prompt=_with_evidence(_prompt(body, False, None), settings.get("evidence", ())),
         kind="chat" if is_chat else "completion",
         model=_text(body, "model"),
         passed={"custom_id": data.get("custom_id")},
@@ -227,7 +234,24 @@ def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
         settings["stop"] = tuple(stops)
     if data.get("logprobs") is not None:
         settings["logprobs"] = _integer(data["logprobs"], "logprobs", 0, 1000)
+    evidence = data.get("evidence")
+    if evidence is not None:
+        texts = [evidence] if isinstance(evidence, str) else evidence
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise InvalidInput("evidence: must be text or a list of texts")
+        for text in texts:
+            _check_text(text, "evidence")
+        settings["evidence"] = tuple(texts)
     return settings
+
+
+def _with_evidence(
+    prompt: str | list[dict[str, str]], evidence: tuple[str, ...]
+) -> str | list[dict[str, str]]:
+    try:
+        return with_evidence(prompt, evidence) if evidence else prompt
+    except UsageError as exc:
+        raise InvalidInput(str(exc)) from None
 
 
 def _integer(value: Any, name: str, low: int, high: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -24,6 +25,14 @@ from ..tracing import TraceArgs, trace_options
 )
 @common.option("--chat", is_flag=True, help="Send the prompt as a chat message.")
 @common.option("-s", "--system", metavar="TEXT", help="System message; implies --chat.")
+@common.option(
+    "--evidence",
+    metavar="FILE",
+    multiple=True,
+    envvar=None,
+    help="A document to answer from: put before the prompt, unless it holds it already, and "
+    "pointed out to strategies that look at evidence; may be given several times.",
+)
 @common.model_options
 @common.sampling_options
 @common.option(
@@ -54,6 +63,7 @@ def command(
     file_option: str | None,
     chat: bool,
     system: str | None,
+    evidence: tuple[str, ...],
     model_args: common.ModelArgs,
     sampling: common.SamplingArgs,
     top_logprobs: int | None,
@@ -73,11 +83,14 @@ def command(
     steersman generate -p "The capital of France is"
     steersman generate --chat -p "Name three rivers." --profile precise --json
     git diff | steersman generate --chat -s "Write a commit message." -p -
+    steersman generate --chat --profile opera --evidence report.txt -p "Summarise the report."
     steersman generate --jsonl prompts.jsonl --out answers.jsonl
     """
     chat = chat or system is not None
     if jsonl is not None:
         _refuse(prompt=prompt, file=file or file_option, stream=stream)
+        if evidence:
+            raise UsageError("--evidence: give each line of a batch a field 'evidence' instead")
         from ..batch import run_batch
 
         with common.Envelope("generate", mode="batch") as envelope:
@@ -100,6 +113,7 @@ def command(
             _prompt(prompt, file, file_option, optional=show_chain),
             chat=chat,
             system=system,
+            evidence=[common.read_text(name) for name in evidence],
             model_args=model_args,
             sampling=sampling,
             top_logprobs=top_logprobs,
@@ -139,6 +153,7 @@ def _generate(
     *,
     chat: bool,
     system: str | None,
+    evidence: Sequence[str],
     model_args: common.ModelArgs,
     sampling: common.SamplingArgs,
     top_logprobs: int | None,
@@ -147,13 +162,16 @@ def _generate(
     trace_args: TraceArgs,
     envelope: common.Envelope,
 ) -> None:
-    from .. import generation  # not for --help: it imports NumPy
+    from steersman.core.evidence import with_evidence
+
+    from .. import generation  # not for --help: they import NumPy
 
     profile = sampling.load_profile()
     envelope.inputs = {
         "prompt": prompt,
         "chat": chat,
         "system": system,
+        "evidence": list(evidence),
         "profile": sampling.profile,
         "seed": sampling.seed,
         "stop": list(sampling.stop),
@@ -172,6 +190,8 @@ def _generate(
     if chat:
         wanted = [{"role": "system", "content": system}] if system is not None else []
         wanted.append({"role": "user", "content": prompt})
+    if evidence:
+        wanted = with_evidence(wanted, evidence)
     with (
         trace_args.recorder() as recorder,
         common.load_model(model_args, profile=profile, envelope=envelope) as model,
@@ -188,6 +208,7 @@ def _generate(
                 envelope=envelope,
                 recorder=recorder,
                 logprobs=logprobs,
+                evidence=evidence,
                 **sampling.stream_options(),
             )
         envelope.result = done.record(model, logprobs=logprobs is not None)

@@ -6,6 +6,7 @@ Nothing here imports an engine; ``load`` finds one by name.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from .array import to_numpy
-from .backend import engine_for, load_with
+from .backend import installed_backends, known_backends, load_with
 from .decode.events import Event, Finished, Started, Timings, TokenEvent, Withdrawn
 from .decode.rng import Rng
 from .decode.sessions import Sessions
-from .errors import ContextOverflow, UsageError
+from .errors import ContextOverflow, MissingDependency, UsageError
 from .evidence import evidence_spans
 from .layers import LayerChoice, read_layers
-from .locate import locate
+from .locate import ModelSource, locate
 from .model import Capability, Forward, IntArray, Model, Tokenizer
 from .ops import target_logprobs
 
@@ -86,17 +87,16 @@ def load(
         read_layers(layers)  # a slip in writing is told before anything is opened
         options["layers"] = layers
     source = locate(model, offline=offline)
-    name = engine_for(source.kind) if backend == "auto" else backend
+    name = _choose_backend(source) if backend == "auto" else backend
     if threads is None:
         threads = _threads_from_environment()
     if threads is not None and threads < 1:
         raise UsageError(f"threads: must be at least 1, got {threads}")
     if context is not None and context < 8:
         raise UsageError(f"context: must be at least 8, got {context}")
-    said = {"context": context, "dtype": dtype, "device": device, "threads": threads, **options}
-    opened = load_with(name, source, **said)
-    opened.options = {"model": model, "backend": name, **said, "offline": offline}
-    return opened
+    return load_with(
+        name, source, context=context, dtype=dtype, device=device, threads=threads, **options
+    )
 
 
 def _threads_from_environment() -> int | None:
@@ -106,6 +106,21 @@ def _threads_from_environment() -> int | None:
     if not value.isdecimal():
         raise UsageError(f"STEERSMAN_THREADS: must be a whole number, got {value!r}")
     return int(value)
+
+
+def _choose_backend(source: ModelSource) -> str:
+    # A GGUF is llama.cpp's own format; on a Mac, MLX reads Hugging Face folders without copies.
+    suited = ["llamacpp", "mlx", "torch"] if source.kind == "gguf" else ["torch", "mlx"]
+    if sys.platform == "darwin" and source.kind == "hf":
+        suited = ["mlx", "torch"]
+    installed = installed_backends()
+    for name in suited:
+        if name in installed:
+            return name
+    raise MissingDependency(
+        f"no engine for {source.kind} files is installed; "
+        f'run: pip install "steersman[{suited[0]}]" (of {", ".join(known_backends())})'
+    )
 
 
 def open_session(model: Model | Mapping[str, Model], *, context: int | None = None) -> Sessions:

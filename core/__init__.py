@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .profile import list_profiles as list_profiles
     from .profile import load_profile as load_profile
     from .reranking import rerank as rerank
+    from .roles import load_roles as load_roles
 
 _HOMES = {
     "Generation": "api",
@@ -37,6 +38,7 @@ _HOMES = {
     "Profile": "profile",
     "list_profiles": "profile",
     "load_profile": "profile",
+    "load_roles": "roles",
     "rerank": "reranking",
 }
 

@@ -6,7 +6,6 @@ Nothing here imports an engine; ``load`` finds one by name.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from .array import to_numpy
-from .backend import installed_backends, known_backends, load_with
+from .backend import engine_for, load_with
 from .decode.events import Event, Finished, Started, Timings, TokenEvent, Withdrawn
 from .decode.rng import Rng
 from .decode.sessions import Sessions
-from .errors import ContextOverflow, MissingDependency, UsageError
+from .errors import ContextOverflow, UsageError
 from .evidence import evidence_spans
 from .layers import LayerChoice, read_layers
-from .locate import ModelSource, locate
+from .locate import locate
 from .model import Capability, Forward, IntArray, Model, Tokenizer
 from .ops import target_logprobs
 
@@ -87,16 +86,17 @@ def load(
         read_layers(layers)  # a slip in writing is told before anything is opened
         options["layers"] = layers
     source = locate(model, offline=offline)
-    name = _choose_backend(source) if backend == "auto" else backend
+    name = engine_for(source.kind) if backend == "auto" else backend
     if threads is None:
         threads = _threads_from_environment()
     if threads is not None and threads < 1:
         raise UsageError(f"threads: must be at least 1, got {threads}")
     if context is not None and context < 8:
         raise UsageError(f"context: must be at least 8, got {context}")
-    return load_with(
-        name, source, context=context, dtype=dtype, device=device, threads=threads, **options
-    )
+    said = {"context": context, "dtype": dtype, "device": device, "threads": threads, **options}
+    opened = load_with(name, source, **said)
+    opened.options = {"model": model, "backend": name, **said, "offline": offline}
+    return opened
 
 
 def _threads_from_environment() -> int | None:
@@ -106,21 +106,6 @@ def _threads_from_environment() -> int | None:
     if not value.isdecimal():
         raise UsageError(f"STEERSMAN_THREADS: must be a whole number, got {value!r}")
     return int(value)
-
-
-def _choose_backend(source: ModelSource) -> str:
-    # A GGUF is llama.cpp's own format; on a Mac, MLX reads Hugging Face folders without copies.
-    suited = ["llamacpp", "mlx", "torch"] if source.kind == "gguf" else ["torch", "mlx"]
-    if sys.platform == "darwin" and source.kind == "hf":
-        suited = ["mlx", "torch"]
-    installed = installed_backends()
-    for name in suited:
-        if name in installed:
-            return name
-    raise MissingDependency(
-        f"no engine for {source.kind} files is installed; "
-        f'run: pip install "steersman[{suited[0]}]" (of {", ".join(known_backends())})'
-    )
 
 
 def open_session(model: Model | Mapping[str, Model], *, context: int | None = None) -> Sessions:
@@ -231,8 +216,9 @@ def stream(
     if trace is not None and not 0 <= trace <= 100:
         raise UsageError(f"trace: must be in 0..100, got {trace}")
     open_sessions = sessions.prepare(chosen.strategy, name=chosen.strategy_name)
-    room = min(s.context for s in open_sessions.values())
-    ids, cut = _fit(ids, room, truncate)
+    tightest = min(open_sessions, key=lambda role: open_sessions[role].context)
+    room = open_sessions[tightest].context
+    ids, cut = _fit(ids, room, truncate, tightest)
     if isinstance(evidence, str):
         raise UsageError("evidence: must be a sequence of texts, got one text")
     spans = evidence_spans(model.tokenizer, ids, evidence)
@@ -299,14 +285,15 @@ def _profile(profile: str | Profile, model: Model, overrides: Mapping[str, Any] 
     return loaded.bind(model.tokenizer)
 
 
-def _fit(ids: IntArray, room: int, truncate: bool) -> tuple[IntArray, int]:
+def _fit(ids: IntArray, room: int, truncate: bool, role: str) -> tuple[IntArray, int]:
     """Return ids that leave room for at least one new token, and how many were cut."""
     most = room - 1
     if len(ids) <= most:
         return ids, 0
     if not truncate:
+        whose = f" (of role {role!r})" if role != "target" else ""
         raise ContextOverflow(
-            f"prompt: {len(ids)} tokens do not fit into a context of {room}; "
+            f"prompt: {len(ids)} tokens do not fit into a context of {room}{whose}; "
             "shorten it, raise --ctx-size or allow --truncate"
         )
     return ids[len(ids) - most :], len(ids) - most

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,32 @@ def missing_modules(name: str) -> list[str]:
 def installed_backends() -> list[str]:
     """Return the backends whose packages are installed (none of them is imported)."""
     return [name for name in known_backends() if not missing_modules(name)]
+
+
+def engine_for(kind: str) -> str:
+    """Return the engine that "auto" stands for: the first installed one that suits the files.
+
+    Parameters
+    ----------
+    kind : {"gguf", "hf"}
+
+    Raises
+    ------
+    MissingDependency
+        None is installed.
+    """
+    # A GGUF is llama.cpp's own format; on a Mac, MLX reads Hugging Face folders without copies.
+    suited = ["llamacpp", "mlx", "torch"] if kind == "gguf" else ["torch", "mlx"]
+    if sys.platform == "darwin" and kind == "hf":
+        suited = ["mlx", "torch"]
+    installed = installed_backends()
+    for name in suited:
+        if name in installed:
+            return name
+    raise MissingDependency(
+        f"no engine for {kind} files is installed; "
+        f'run: pip install "steersman[{suited[0]}]" (of {", ".join(known_backends())})'
+    )
 
 
 def backends_offering(needs: Capability) -> list[str]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 from .errors import CapabilityError
@@ -122,6 +123,8 @@ class Model(ABC):
         Array namespace of the arrays it returns (see :mod:`steersman.core.array`).
     prefill_chunk : int
         How many prompt tokens one call should hold so that a cancel is noticed soon.
+    options : mapping
+        Arguments of :func:`steersman.core.load` that opened it; empty for one made otherwise.
     """
 
     info: ModelInfo
@@ -129,6 +132,7 @@ class Model(ABC):
     capabilities: Capability
     xp: Any
     prefill_chunk: int = 256
+    options: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def session(

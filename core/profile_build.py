@@ -8,19 +8,22 @@ from typing import Any
 
 from . import strict_yaml
 from .errors import SteersmanError, UsageError, did_you_mean
+from .layers import read_layers
 from .parameters import Mismatch, convert, nested_strategies, parameters
 from .profile import Profile
 from .strict_yaml import Document
 
 _KEYS = ("description", "references", "logits", "strategy", "generation", "models")
 GENERATION: Mapping[str, Any] = {"max_tokens": int | None, "stop": tuple[str, ...]}
-_MODEL: Mapping[str, Any] = {
+MODEL: Mapping[str, Any] = {
     "model": str,
     "backend": str,
     "context": int,
     "dtype": str,
     "device": str,
     "threads": int,
+    "layers": int | str | tuple[int, ...],
+    "setting": str,
 }
 MAX_STOPS = 64
 
@@ -217,4 +220,10 @@ def _models(document: Document, strategy: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(value, dict):
         document.error(("models",), "must hold roles, such as target: {model: smollm2}")
     document.check_keys(("models",), sorted({"target", *strategy.requires}))
-    return {role: _section(document, ("models", role), _MODEL) for role in value}
+    found = {role: _section(document, ("models", role), MODEL) for role in value}
+    for role, options in found.items():
+        try:
+            read_layers(options.get("layers", 1))
+        except UsageError as exc:
+            document.error(("models", role, "layers"), str(exc).partition(": ")[2])
+    return found

@@ -91,13 +91,21 @@ class Search:
             self.known[text] = found
         return self.known[text]
 
-    def greedy(self, keep: int) -> dict[int, tuple[int, ...]]:
-        """Leave out one layer at a time until ``keep`` are left; return the choice of each size."""
+    def greedy(self, keep: int, candidates: int) -> dict[int, tuple[int, ...]]:
+        """Leave out one layer at a time until ``keep`` are left; return the choice of each size.
+
+        From the second step on only the ``candidates`` layers are tried that cost least when last
+        tried: a layer seldom costs less when others are gone.
+        """
         layers = tuple(range(self.model.info.layers))
+        cost = dict.fromkeys(layers, 0.0)
         found = {}
         while len(layers) > keep:
-            options = [tuple(x for x in layers if x != i) for i in layers]
-            layers = min(options, key=lambda choice: self.measure(choice)["kl"])
+            tried = sorted(layers, key=lambda i: cost[i])[: candidates if found else None]
+            for i in tried:
+                cost[i] = self.measure([x for x in layers if x != i])["kl"]
+            out = min(tried, key=lambda i: cost[i])
+            layers = tuple(x for x in layers if x != out)
             found[len(layers)] = layers
             print(f"{len(layers)}: {layers_text(layers)}  {self.measure(layers)}", flush=True)
         return found
@@ -116,26 +124,29 @@ def simple_choices(total: int, size: int) -> dict[str, tuple[int, ...]]:
 def main() -> None:
     made: argparse.ArgumentParser = parser(__doc__, out="layers.jsonl")
     made.add_argument("--keep", type=int, default=15, help="layers to go down to")
-    made.add_argument("--tokens", type=int, default=512)
+    made.add_argument("--tokens", type=int, default=512, help="tokens of the final figures")
+    made.add_argument("--search-tokens", type=int, default=256)
+    made.add_argument("--candidates", type=int, default=8, help="layers tried per step")
     made.add_argument("--dtype", default="float32")
     made.add_argument("--show", type=int, nargs="*", default=[25, 20, 15], metavar="SIZE")
     made.add_argument("--try", dest="tried", action="append", default=[], metavar="LAYERS")
     args = parsed(made)
     backend = "torch" if args.backend == "auto" else args.backend
     model = load(args.model, backend=backend, dtype=args.dtype, threads=args.threads,
-                 setting="fast", context=args.tokens)  # fmt: skip
+                 setting="fast", context=max(args.tokens, args.search_tokens))  # fmt: skip
     searches = {}
     words = (args.data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
-    for name, begin in (("begin", 0), ("middle", words.index("\n", len(words) // 2) + 1)):
-        ids = model.tokenizer.encode(words[begin : begin + 20 * args.tokens])
-        searches[name] = Search(model, ids[: args.tokens], f"wikitext2 valid {name}", args.out)
+    half = words.index("\n", len(words) // 2) + 1
+    for name, begin, count in (("begin", 0, args.search_tokens), ("middle", half, args.tokens)):
+        ids = model.tokenizer.encode(words[begin : begin + 20 * count])
+        searches[name] = Search(model, ids[:count], f"wikitext2 valid {name}", args.out)
     total = model.info.layers
     rows: list[tuple[str, Sequence[int]]] = [
         ("tried", choose_layers(said, total, model=args.model) or range(total))
         for said in args.tried
     ]
     if not args.tried:
-        found = searches["begin"].greedy(args.keep)
+        found = searches["begin"].greedy(args.keep, args.candidates)
         for size in args.show:
             rows += [("searched", found[size])] if size in found else []
             rows += simple_choices(total, size).items() if 1 < size < total else []

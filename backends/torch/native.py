@@ -176,6 +176,7 @@ class NativeModel(TorchModel):
             info = self.info
             facts: Any = kept_facts(info.name, info.fingerprint, info.extra, kept)
             small.info = replace(info, layers=len(kept), **facts)
+            small.options = {**self.options, "layers": layers}
             small.config = replace(self.config, layers=len(kept))
             small._layers = [self._layers[i] for i in kept]
         return small

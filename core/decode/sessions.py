@@ -64,10 +64,7 @@ class Sessions:
         """
         for role, needs in strategy.requires.items():
             if role not in self.models:
-                raise CapabilityError(
-                    f"strategy {name}: needs a model for role {role!r}; "
-                    f"give one under models.{role} of the profile"
-                )
+                raise missing_role(f"strategy {name}", role)
             self.models[role].require(needs, who=f"strategy {name}", role=role)
         for role, needs in strategy.requires.items():
             session, rows = self._open.get(role), strategy.max_rows
@@ -85,6 +82,12 @@ class Sessions:
                 )
         return {role: self._open[role] for role in strategy.requires}
 
+    def use(self, models: Mapping[str, Model]) -> None:
+        """Go on with these models by role; the cache of a role stays while its model does."""
+        for role in [role for role in self._open if models.get(role) is not self.models[role]]:
+            self._open.pop(role).close()
+        self.models = dict(models)
+
     def close(self) -> None:
         """Free every cache; the models stay open."""
         for session in self._open.values():
@@ -96,6 +99,15 @@ class Sessions:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def missing_role(who: str, role: str) -> CapabilityError:
+    """Return the error that says how to give a role a model."""
+    flag = "--draft-model NAME" if role == "draft" else f"--model-for {role}=NAME"
+    return CapabilityError(
+        f"{who}: needs a model for role {role!r}; give one with {flag}, "
+        f"or under models.{role} of the profile"
+    )
 
 
 _ALWAYS = Capability.LAST_LOGITS | Capability.ALL_LOGITS | Capability.ROLLBACK

@@ -33,6 +33,13 @@ def parameters(cls: type[Any]) -> dict[str, Any]:
     }
 
 
+def path_parameters(cls: type[Any]) -> tuple[str, ...]:
+    """Return the fields that name a file beside the profile, marked ``metadata={"path": True}``."""
+    if not dataclasses.is_dataclass(cls):
+        return ()
+    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("path"))
+
+
 def nested_strategies(cls: type[Any]) -> tuple[str, ...]:
     """Return the fields that hold another strategy, marked ``metadata={"strategy": True}``."""
     if not dataclasses.is_dataclass(cls):

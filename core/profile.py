@@ -28,7 +28,7 @@ from typing import Any
 from . import strict_yaml
 from .errors import SteersmanError, UsageError
 from .model import Tokenizer
-from .parameters import Mismatch, nested_strategies, parameters
+from .parameters import Mismatch, nested_strategies, parameters, path_parameters
 from .profile_files import builtin_folder as builtin_folder
 from .profile_files import find_profile as find_profile
 from .profile_files import folders, profile_files
@@ -133,9 +133,9 @@ class Profile:
     @property
     def fingerprint(self) -> str:
         """Short hash of all that can change a text: equal for equal settings."""
-        content = {
-            k: v for k, v in self.as_dict().items() if k in ("logits", "strategy", "generation")
-        }
+        content = {k: v for k, v in self.as_dict().items() if k in ("logits", "generation")}
+        # What a file says counts, not where it lies.
+        content["strategy"] = {self.strategy_name: _values(self.strategy, digests=True)}
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -180,18 +180,21 @@ class Profile:
         return replace(self, stages=stages, strategy=with_chain(strategy, stages))
 
 
-def _values(thing: Any) -> dict[str, Any]:
-    nested = nested_strategies(type(thing))
-    return {
-        name: _nested(getattr(thing, name)) if name in nested else _plain(getattr(thing, name))
-        for name in parameters(type(thing))
-    }
+def _values(thing: Any, *, digests: bool = False) -> dict[str, Any]:
+    """Return the parameters as plain values; with ``digests`` a hash for every file named."""
+    values = {name: _plain(getattr(thing, name)) for name in parameters(type(thing))}
+    for name in nested_strategies(type(thing)):
+        values[name] = _nested(getattr(thing, name), digests)
+    for name in path_parameters(type(thing)) if digests else ():
+        if values[name]:
+            values[name] = hashlib.sha256(Path(values[name]).read_bytes()).hexdigest()
+    return values
 
 
-def _nested(strategy: Any) -> dict[str, Any]:
+def _nested(strategy: Any, digests: bool) -> dict[str, Any]:
     from .decode import strategy_name
 
-    return {strategy_name(strategy): _values(strategy)}
+    return {strategy_name(strategy): _values(strategy, digests=digests)}
 
 
 def _plain(value: Any) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from . import strict_yaml
 from .errors import SteersmanError, UsageError, did_you_mean
 from .layers import read_layers
-from .parameters import Mismatch, convert, nested_strategies, parameters
+from .parameters import Mismatch, convert, nested_strategies, parameters, path_parameters
 from .profile import Profile
 from .strict_yaml import Document
 
@@ -95,6 +96,10 @@ def _component(document: Document, path: strict_yaml.Key, what: str, find: Any) 
             values[key] = _component(document, (*inside, key), "strategy", find)[1]
         else:
             values[key] = _converted(document, (*inside, key), value, known[key])
+    for key in path_parameters(cls):
+        if values.get(key):
+            beside = Path(document.source).parent / Path(values[key]).expanduser()
+            values[key] = str(beside.absolute())
     try:
         return name, build(cls, values)
     except Mismatch as exc:

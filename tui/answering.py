@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .engine import ChatEngine
     from .generation import Collected
+    from .tracing import Recorder
 
 # The screen is told at most this often: often enough to look continuous, seldom enough that the
 # terminal does not take the processor from the model.
@@ -38,6 +39,8 @@ class Answer:
     profile : Profile
     cancel : threading.Event
         Set to stop.
+    recorder : Recorder, optional
+        Where to record how the answer comes about.
     """
 
     id: int
@@ -45,6 +48,7 @@ class Answer:
     profile: Profile
     seed: int | None = None
     truncate: bool = False
+    recorder: Recorder | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
 
     def run(self, engine: ChatEngine, post: Callable[[Message], Any]) -> None:
@@ -62,7 +66,10 @@ class Answer:
                 cancel=self.cancel,
                 seed=self.seed,
                 truncate=self.truncate,
+                trace=self.recorder.top if self.recorder is not None else None,
             )
+            if self.recorder is not None:
+                events = self.recorder.follow(events, models=model, profile=self.profile)
             for event in events:
                 collected.take(event)
                 reporter.take(event)

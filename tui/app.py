@@ -19,6 +19,7 @@ from .answering import Answer
 from .conversation import Conversation, label
 from .engine import ChatEngine, Opener
 from .history import History, Message
+from .recording import Recording
 from .safe_text import show_line
 from .screens.choose import Choice, ChooseScreen
 from .screens.link import LinkScreen
@@ -33,7 +34,7 @@ WELCOME = (
 )
 
 
-class SteersmanApp(Switching):
+class SteersmanApp(Recording, Switching):
     """Chat with a local model, and change how it decodes on the way.
 
     Parameters
@@ -216,6 +217,7 @@ class SteersmanApp(Switching):
             profile=self.profile,
             seed=self.seed,
             truncate=self.truncate,
+            recorder=self.recorder,
         )
         self._view = AnswerMessage("", f"… · {self.profile.name}")
         await self.transcript.mount(self._view)
@@ -410,6 +412,7 @@ class SteersmanApp(Switching):
         """Stop the answer and free the model."""
         if self._answer is not None:
             self._answer.cancel.set()
+        self.close_trace()
         self.history.close()
 
 

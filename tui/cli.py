@@ -21,6 +21,7 @@ from .envelope import BAD_ARGUMENT, CANCELLED, Envelope, problem
 COMMANDS: Mapping[str, str] = {
     "generate": "Continue a text, answer a message, or run a JSONL batch.",
     "chat": "Chat line by line, without the full screen.",
+    "trace": "Look at traces: how each token of a recorded text came about.",
     "score": "Log-probability of every token of a text; perplexity.",
     "rerank": "Order passages by how well they answer a query.",
     "eval": "Measure a ranking against relevance judgements.",
@@ -37,6 +38,7 @@ COMMANDS: Mapping[str, str] = {
 NESTED: Mapping[str, tuple[str, ...]] = {
     "profiles": ("list", "show", "validate", "path", "new", "diff"),
     "prompt": ("show",),
+    "trace": ("show", "stats"),
 }
 
 

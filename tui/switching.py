@@ -31,6 +31,8 @@ class Switching(App[None]):
         def refresh_status(self) -> None: ...
         async def action_regenerate(self) -> None: ...
         def action_export(self) -> None: ...
+        def action_record_trace(self) -> None: ...
+        def action_show_trace(self) -> None: ...
         def action_toggle_truncate(self) -> None: ...
 
     def action_regenerate_with(self) -> None:
@@ -103,6 +105,13 @@ class Switching(App[None]):
                     binding.description, binding.tooltip, _runner(self, binding.action)
                 )
         yield SystemCommand("Export", "Write this conversation to a file", self.action_export)
+        yield SystemCommand(
+            "Record trace", "Record how the next answers come about, or stop",
+            self.action_record_trace,
+        )  # fmt: skip
+        yield SystemCommand(
+            "Show trace", "Walk through the newest recorded answer", self.action_show_trace
+        )
         yield SystemCommand("Delete", "Delete this conversation", _runner(self, "delete"))
         yield SystemCommand(
             "Truncate", "Cut conversations that do not fit, or refuse them",

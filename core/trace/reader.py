@@ -168,8 +168,8 @@ def _whole(value: Any) -> str | None:
 
 
 def _number(value: Any) -> str | None:
-    fine = isinstance(value, int | float) and not isinstance(value, bool)
-    return None if fine and abs(value) < 1e30 else "must be a number"
+    fine = type(value) in (float, int) and -1e30 < value < 1e30
+    return None if fine else "must be a number"
 
 
 def _optional_number(value: Any) -> str | None:
@@ -177,7 +177,8 @@ def _optional_number(value: Any) -> str | None:
 
 
 def _share(value: Any) -> str | None:
-    return None if _number(value) is None and -1e-4 <= value <= 1.0001 else "must be in [0, 1]"
+    fine = type(value) in (float, int) and -1e-4 <= value <= 1.0001
+    return None if fine else "must be in [0, 1]"
 
 
 def _flag(value: Any) -> str | None:

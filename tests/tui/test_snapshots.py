@@ -6,11 +6,17 @@ result before committing it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from test_app import Scripted, build, say, until
+from trace_files import eventful, write_trace
 
+from steersman.core.trace import Replay
 from steersman.tui.screens.choose import ChooseScreen
+from steersman.tui.screens.trace import TraceScreen
+from steersman.tui.trace_app import TraceApp
+from steersman.tui.widgets.prompt import PromptArea
 from steersman.tui.widgets.status import StatusLine
 
 REPLY = """\
@@ -33,6 +39,7 @@ SIZE = (96, 34)
 
 async def stand_still(pilot: Any) -> None:
     """Set what a clock decides: the cursor blinks where the focus is, and there is a speed."""
+    pilot.app.screen_stack[0].query_one(PromptArea).cursor_blink = False
     pilot.app.screen.set_focus(None)
     pilot.app.screen_stack[0].query_one(StatusLine).speed = 0.0
     await pilot.pause()
@@ -70,3 +77,13 @@ def test_controls_are_shown(snap_compare: Any) -> None:
         await stand_still(pilot)
 
     assert snap_compare(build(model), terminal_size=SIZE, run_before=ask)
+
+
+def test_a_trace_where_drafts_were_refused(snap_compare: Any, tmp_path: Path) -> None:
+    async def step(pilot: Any) -> None:
+        await until(pilot, lambda: isinstance(pilot.app.screen, TraceScreen))
+        await pilot.press(*["right"] * 6)
+        await pilot.pause()
+
+    app = TraceApp(Replay(write_trace(tmp_path / "story.jsonl", eventful())))
+    assert snap_compare(app, terminal_size=(104, 24), run_before=step)

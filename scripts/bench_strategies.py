@@ -13,7 +13,8 @@ positions are not counted, except where a second model first reads it later on.
 
 Calls are calls to a model, positions what they computed, both per token of the finished text: a
 draft of eight tokens is one call and eight positions. What a model cannot do is listed with the
-reason, as are strategies that no profile names: those run with their defaults.
+reason. Strategies that no profile names run with their defaults; a draft or small model that a
+profile does not name is the model itself without the middle third of its layers.
 """
 
 from __future__ import annotations
@@ -118,11 +119,17 @@ def measure(model: Any, profile: Any, args: argparse.Namespace) -> dict[str, Any
     SteersmanError
         The model, or one for another role, cannot do it.
     """
-    from steersman.core.roles import load_roles
+    from steersman.core.roles import load_roles, roles_of
 
     profile = profile.bind(model.tokenizer)
+    layers = args.helper_layers or outer_thirds(model.info.layers)
+    helpers = {
+        role: {"layers": layers}
+        for role in roles_of(profile.strategy)[1:]
+        if role not in profile.models
+    }
     mine, other = [], []
-    with load_roles(profile, target=model) as roles:
+    with load_roles(profile, target=model, roles=helpers) as roles:
         both = ((mine, profile.strategy), (other, plain(profile)))
         for _, strategy in both:  # warm-up: kernels, caches of compiled code, tables of bytes
             text(roles.models, strategy, PROMPTS[0], 4, args.seed)
@@ -144,6 +151,12 @@ def measure(model: Any, profile: Any, args: argparse.Namespace) -> dict[str, Any
         "calls_per_token": per_role([t.calls for t in mine]),
         "positions_per_token": per_role([t.positions for t in mine]),
     }
+
+
+def outer_thirds(layers: int) -> str:
+    """Return a choice of layers that leaves out the middle third."""
+    third = max(layers // 3, 1)
+    return f"0-{third - 1},{layers - third}-{layers - 1}"
 
 
 def per_role(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -208,6 +221,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="profiles or strategies")
+    parser.add_argument(
+        "--helper-layers",
+        metavar="LAYERS",
+        help="of the model itself, for roles that a profile gives no model; "
+        "the middle third is left out by default",
+    )
     parser.add_argument("--tokens", type=int, default=48, help="tokens per text")
     parser.add_argument("--pairs", type=int, default=5, help="texts per profile, by prompt in turn")
     parser.add_argument("--seed", type=int, default=0)

@@ -75,6 +75,8 @@ class Answer:
                 reporter.take(event)
             reporter.flush()
             facts = self._facts(collected, model)
+            if reporter.rewinds:
+                facts["rewinds"] = reporter.rewinds
             post(messages.AnswerDone(self.id, collected.text, facts, collected.truncated))
         except SteersmanError as exc:
             post(messages.AnswerFailed(self.id, str(exc)))
@@ -107,6 +109,8 @@ class _Reporter:
         self._post = post
         self._text = ""
         self._withdrawn = 0
+        self._taken = ""
+        self.rewinds = 0
         self._tokens = 0
         self._first: float | None = None
         self._last_post = 0.0
@@ -122,6 +126,8 @@ class _Reporter:
             self._first = self._first or time.perf_counter()
         elif isinstance(event, Withdrawn):
             self._tokens = event.keep
+            self._taken = event.text
+            self.rewinds += bool(event.text)
             # What was not posted yet is simply forgotten; the rest has to be taken back on screen.
             unposted = min(len(self._text), len(event.text))
             self._text = self._text[: len(self._text) - unposted]
@@ -133,11 +139,19 @@ class _Reporter:
 
     def flush(self) -> None:
         """Post what has gathered."""
-        if not self._text and not self._withdrawn:
+        if not self._text and not self._withdrawn and not self._taken:
             return
         now = time.perf_counter()
         seconds = now - self._first if self._first is not None else 0.0
         self._post(
-            messages.AnswerText(self._answer, self._withdrawn, self._text, self._tokens, seconds)
+            messages.AnswerText(
+                self._answer,
+                self._withdrawn,
+                self._text,
+                self._tokens,
+                seconds,
+                self._taken,
+                self.rewinds,
+            )
         )
-        self._text, self._withdrawn, self._last_post = "", 0, now
+        self._text, self._withdrawn, self._taken, self._last_post = "", 0, "", now

@@ -250,8 +250,8 @@ class SteersmanApp(Recording, Switching):
         if view is None:
             return
         await view.write(event.withdrawn, event.text)
-        if event.withdrawn:
-            view.set_note(f"took back {event.withdrawn} characters")
+        if event.taken:
+            view.took_back(event.taken, event.rewinds)
         self.status.state = "answering"
         if event.seconds > 0 and event.tokens > 1:
             self.status.speed = (event.tokens - 1) / event.seconds

@@ -80,8 +80,10 @@ class Conversation:
 
 
 def label(message: Mapping[str, Any]) -> str:
-    """Return what made an answer: model, engine, profile."""
+    """Return what made an answer: model, engine, profile, and how often it took something back."""
     known = [str(message[k]) for k in ("model", "backend", "profile") if message.get(k)]
+    if rewinds := message.get("rewinds"):
+        known.append("took back 1 passage" if rewinds == 1 else f"took back {rewinds} passages")
     return ", ".join(known) or "Assistant"
 
 

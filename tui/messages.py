@@ -27,13 +27,19 @@ class AnswerProgress(Message):
 
 @dataclass
 class AnswerText(Message):
-    """Text since the last such message; ``withdrawn`` characters are taken back first."""
+    """Text since the last such message; ``withdrawn`` characters are taken back first.
+
+    ``taken`` is what was last taken back, even if it never reached the screen, and ``rewinds``
+    counts how often that has happened in this answer.
+    """
 
     answer: int
     withdrawn: int
     text: str
     tokens: int
     seconds: float
+    taken: str = ""
+    rewinds: int = 0
 
 
 @dataclass

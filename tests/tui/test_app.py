@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,3 +339,40 @@ async def test_a_long_answer_is_all_there() -> None:
         assert all(part.display for part in shown)
         assert not app.query(".stand-in")
         assert sum(len(part.children) for part in shown) == 120
+
+
+async def test_what_is_taken_back_is_shown_struck_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wavering(Scripted):
+        def probs(self, history: Any) -> Any:
+            out = 0.9 * super().probs(history)
+            out[ord("x")] += 0.1
+            return out
+
+    path = tmp_path / "ban.yaml"
+    path.write_text("logits: [{temperature: {t: 0}}]\nstrategy: {antislop: {phrases: [gladly]}}\n")
+    notes: list[Any] = []
+    plain = AnswerMessage.took_back
+
+    def recorded(view: AnswerMessage, text: str, times: int) -> None:
+        plain(view, text, times)
+        notes.append(view.query_one(".note").render())
+
+    monkeypatch.setattr(AnswerMessage, "took_back", recorded)
+    app = SteersmanApp(
+        common.ModelArgs(model="toy"),
+        profile=str(path),
+        history=History(":memory:"),
+        opener=lambda **_: Wavering("Yes, gladly."),
+        seed=0,
+    )
+    async with app.run_test(size=SIZE) as pilot:
+        await say(app, pilot, "Do you?")
+        assert app.thread[-1].content == "Yes, xladly."
+        assert app.thread[-1].facts["rewinds"] == 1
+        label = app.query(AnswerMessage).last().query_one(".label").render().plain
+        assert "took back 1 passage" in label
+    (note,) = notes
+    assert note.plain == "took back gladly"
+    assert "strike" in str(note.spans) or "strike" in str(note.markup)

@@ -33,6 +33,7 @@ class UserMessage(Vertical):
 # at the end as at the beginning. When the answer is done, all parts are shown as they should be.
 PART_LENGTH = 700
 LIVE_PARTS = 3
+SHOWN_TAKEN = 60  # characters of a passage that was taken back
 # Where a cut changes nothing: after a blank line, before a paragraph or heading. Not before what
 # may belong to a list, a table, a quotation or indented code.
 _CUT = re.compile(r"\n\n(?=[#*_`(\"'A-Za-z\u00c0-\U0010ffff])(?![*`_-]+\s)(?!```)")
@@ -138,6 +139,17 @@ class AnswerMessage(Vertical):
         widget.update(Text(show_line(note)))
         widget.set_class(error, "error")
         widget.display = bool(note)
+
+    def took_back(self, text: str, times: int) -> None:
+        """Show what was just taken back, struck through, and how often that has happened."""
+        gone = show_line(text.strip() or "blank space")
+        if len(gone) > SHOWN_TAKEN:
+            gone = "…" + gone[-SHOWN_TAKEN:]
+        count = "" if times == 1 else f" ({times} times so far)"
+        widget = self.query_one(".note", Static)
+        widget.update(Text.assemble("took back ", (gone, "strike"), count))
+        widget.set_class(False, "error")
+        widget.display = True
 
     async def write(self, withdrawn: int, text: str) -> None:
         """Take back ``withdrawn`` characters, then append ``text``."""

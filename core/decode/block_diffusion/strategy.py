@@ -168,6 +168,14 @@ class BlockDiffusion:
             return state, Step(finish="length")
         return state, Step(ask={"target": Forward(keep=0, tokens=request.prompt[None])})
 
+    def cached(self, state: _State) -> int:
+        """Return how many positions of the cache hold the text as causal calls would leave them.
+
+        Less than what is shown while a block is open: a strategy that wraps this one and goes back
+        must feed the rest again before it asks for anything.
+        """
+        return state.computed
+
     def resume(self, state: _State, tokens: Sequence[Token], rng: Rng) -> tuple[_State, Step]:
         """Begin a new block after ``tokens``.
 

@@ -436,9 +436,10 @@ def test_the_cache_after_every_block_equals_a_fresh_prefill(lib: Any) -> None:
         strategy = BlockDiffusion(block_length=4, chain=GREEDY, **options)  # type: ignore[arg-type]
         session = model.session(needs=strategy.requires["target"])
         text, commits = list(HELLO), 0
-        for _, _, ask, out in drive(strategy, model, session, request_for(model, HELLO, 10)):
+        for state, _, ask, out in drive(strategy, model, session, request_for(model, HELLO, 10)):
             if not ask.causal:
                 assert ask.keep == len(text), "passes leave what is committed alone"
+                assert strategy.cached(state) == len(text) <= len(state.progress.history)
                 continue
             if ask.keep:
                 text += ask.tokens[0].tolist()

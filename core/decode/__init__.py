@@ -11,11 +11,16 @@ from .antislop import Antislop
 from .beam import BeamSearch
 from .best_of_n import BestOfN
 from .block_diffusion import BlockDiffusion
+from .byte_level import ByteLevel, Cover, TokenHealing
 from .contrastive import ContrastiveSearch
 from .dola import DoLa
 from .opera import Opera
+from .r2r import R2R
 from .sample import Sample
 from .soft_thinking import SoftThinking
+from .speculative.prompt_lookup import PromptLookup
+from .speculative.spectr import SpecTr, Speculative
+from .speculative.stand import STAND
 
 STRATEGIES: Mapping[str, type[Any]] = {
     "sample": Sample,
@@ -24,9 +29,17 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "dola": DoLa,
     "best_of_n": BestOfN,
     "soft_thinking": SoftThinking,
-    "antislop": Antislop,
     "opera": Opera,
+    "r2r": R2R,
+    "antislop": Antislop,
     "block_diffusion": BlockDiffusion,
+    "prompt_lookup": PromptLookup,
+    "stand": STAND,
+    "speculative": Speculative,
+    "spectr": SpecTr,
+    "byte_level": ByteLevel,
+    "cover": Cover,
+    "token_healing": TokenHealing,
 }
 
 ENTRY_POINTS = "steersman.strategies"

@@ -4,6 +4,7 @@ Each is written once in array-API code. Where a library has something faster, th
 twin for it and ``f.portable`` stays the plain form (see :mod:`.native`).
 """
 
+from .activations import erf, gelu, layer_norm, softplus
 from .categorical import categorical
 from .cumulative import cumulative_sum, sum_before
 from .gumbel import gumbel, gumbel_softmax
@@ -18,10 +19,13 @@ __all__ = [
     "categorical",
     "cumulative_sum",
     "entropy",
+    "erf",
+    "gelu",
     "gumbel",
     "gumbel_softmax",
     "js_divergence",
     "kl_divergence",
+    "layer_norm",
     "log_softmax",
     "logsumexp",
     "mask_out",
@@ -29,6 +33,7 @@ __all__ = [
     "relative_probs",
     "smallest_set",
     "softmax",
+    "softplus",
     "sum_before",
     "target_logprobs",
     "token_logprobs",

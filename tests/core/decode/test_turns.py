@@ -31,11 +31,12 @@ def turn(sessions: Sessions, name: str, prompt: tuple[int, ...]) -> tuple[int, .
 @pytest.mark.parametrize("second", STRATEGIES)
 def test_any_strategy_after_any_other_equals_a_fresh_start(second: str) -> None:
     model = ToyTransformer(layers=4)
+    roles = {role: model for cls in STRATEGIES.values() for role in ("target", *cls().requires)}
     begun = tuple(b"hi!")
-    with Sessions(model) as fresh:
+    with Sessions(roles) as fresh:
         expected = turn(fresh, second, begun[:1])
     for first in STRATEGIES:
-        with Sessions(model) as kept, Sessions(model) as fresh:
+        with Sessions(roles) as kept, Sessions(roles) as fresh:
             longer = (*begun, *turn(kept, first, begun), *b" and")
             assert turn(kept, second, longer) == turn(fresh, second, longer), first
             # Back to the very first token, of which a strategy may want hidden states too.

@@ -289,7 +289,6 @@ def _write_profile(
 ) -> None:
     """Write a profile that loads, at once or not at all."""
     import os
-    import tempfile
 
     import yaml
 
@@ -298,23 +297,20 @@ def _write_profile(
     base = load_profile("antislop").as_dict()
     strategy = base["strategy"]["antislop"]
     base["description"] = (
-        f"Bans what {found.texts} texts of the model over-used against {found.human}."
+        f"Bans what {found.texts} texts of the model over-used against {Path(found.human).name}."
     )
     strategy.update(phrases=banned["phrases"], ngrams=banned["ngrams"], factor=factor, regexes=[])
     strategy["factors"] = {}
     strategy.pop("phrases_file", None)
     text = yaml.safe_dump(base, sort_keys=False, allow_unicode=True, width=100)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".yaml", delete=False
-    ) as file:
-        file.write(text)
+    part = path.with_name(f".{path.stem}.part.yaml")
     try:
-        load_profile(file.name)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
+        part.write_text(text, encoding="utf-8")
+        load_profile(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _print(found: SlopProfile, banned: dict[str, list[str]]) -> None:

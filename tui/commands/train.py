@@ -1,0 +1,293 @@
+"""``steersman train``: fit what a method needs, on torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from steersman.core.errors import InvalidInput, MissingDependency, UsageError
+
+from .. import common, output
+from ..interrupts import ctrl_c_cancels
+
+if TYPE_CHECKING:
+    from steersman.core.api import Prompt
+    from steersman.core.routing.router import Router
+
+
+@click.group("train")
+def command() -> None:
+    """Train what a method needs (on torch)."""
+
+
+@command.command("r2r", context_settings={"max_content_width": 100})
+@common.option(
+    "--prompts",
+    required=True,
+    metavar="FILE",
+    envvar=None,
+    help="Prompts as generate --jsonl takes them; some hundred.",
+)
+@common.option("--chat", is_flag=True, help="Send the prompts as chat messages.")
+@common.option(
+    "--work",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    envvar=None,
+    help="Texts and features are kept here; a stopped run goes on.",
+)
+@common.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    envvar=None,
+    help="The router (.safetensors).",
+)
+@common.option(
+    "--labels",
+    type=click.Choice(["mismatch", "answer", "judge"]),
+    default="mismatch",
+    help="Divergent: every token the small model would choose otherwise; those that change the "
+    "final answer; those whose sentence a judge finds changed [mismatch].",
+)
+@common.option("--judge", metavar="NAME[,KEY=VALUE]", help="Chat model for --labels judge.")
+@common.option(
+    "-n",
+    "--max-tokens",
+    type=common.Finite(1, 1 << 20, whole=True),
+    default=256,
+    help="Of the large model's texts [256].",
+)
+@common.option(
+    "--continuation",
+    type=common.Finite(1, 1 << 20, whole=True),
+    default=128,
+    help="Most tokens of a continuation, for answer and judge [128].",
+)
+@common.option(
+    "--checks",
+    type=common.Finite(1, 10_000, whole=True),
+    default=12,
+    help="Differing tokens per text that are tried or judged [12].",
+)
+@common.option(
+    "--width",
+    type=common.Finite(1, 65_536, whole=True),
+    default=128,
+    help="Of the router's network; the paper's is 1024 [128].",
+)
+@common.option(
+    "--blocks",
+    type=common.Finite(1, 64, whole=True),
+    default=2,
+    help="Of the network; the paper's has 6 [2].",
+)
+@common.option(
+    "--epochs", type=common.Finite(1, 10_000, whole=True), default=50, help="Most epochs [50]."
+)
+@common.option(
+    "--batch",
+    type=common.Finite(1, 1 << 20, whole=True),
+    default=256,
+    help="Tokens per step; the paper's is 1024 [256].",
+)
+@common.option(
+    "--learning-rate",
+    type=common.Finite(1e-9, 1),
+    default=5e-4,
+    help="Of AdamW; the paper's large network takes 5e-5 [5e-4].",
+)
+@common.option(
+    "--recall",
+    type=common.Finite(0.01, 1),
+    default=0.95,
+    help="Share of divergent tokens that the threshold must catch [0.95].",
+)
+@common.option("--seed", type=common.Finite(0, 2**63 - 1, whole=True), default=0, help="[0].")
+@common.option("--train-device", metavar="cpu|cuda", default="cpu", help="For the training [cpu].")
+@common.option("--overwrite", is_flag=True, help="Replace a router that is there.")
+@common.models_options
+@common.output_options
+def r2r(
+    prompts: str,
+    chat: bool,
+    work: Path,
+    out: Path,
+    labels: Any,
+    judge: str | None,
+    max_tokens: int,
+    continuation: int,
+    checks: int,
+    width: int,
+    blocks: int,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    recall: float,
+    seed: int,
+    train_device: str,
+    overwrite: bool,
+    model_args: common.ModelArgs,
+) -> None:
+    """Train a router for a pair of models: --model is the large one, --model-for small=... the
+    small one (by default the large one without ten of its layers).
+
+    The large model writes a text per prompt; the small one reads each and its logits, hidden states
+    and choices are kept; the tokens are labelled; a small network learns to tell divergent ones.
+
+    \b
+    steersman train r2r --prompts questions.jsonl --chat --work r2r/ --out r2r/router.safetensors
+    steersman generate --profile r2r -o r2r.router_file=r2r/router.safetensors -p "..."
+    """  # fmt: skip
+    with common.Envelope("train r2r") as envelope:
+        envelope.inputs = {"prompts": prompts, "work": work, "out": out, "labels": labels}
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out}: exists; choose another name or give --overwrite")
+        if out.suffix != ".safetensors":
+            raise UsageError(f"--out {out}: must end in .safetensors")
+        if (labels == "judge") != (judge is not None):
+            raise UsageError("--judge: goes with --labels judge, and the other way round")
+        _need_torch()
+        from steersman.core.profile import load_profile
+        from steersman.core.routing.collect import CollectSettings, collect, read_dataset
+
+        from ..roles import open_model, open_roles
+
+        texts = _prompts(prompts, chat)
+        settings = CollectSettings(
+            labels=labels, max_tokens=max_tokens, continuation=continuation, checks=checks
+        )
+        with open_roles(model_args, load_profile("r2r"), envelope=envelope) as models:
+            judging = None if judge is None else open_model(f"--judge {judge}", judge)
+            with (
+                ctrl_c_cancels() as cancel,
+                output.progress(len(texts), label="collect", unit="text") as bar,
+            ):
+                done = collect(
+                    work, texts, models["target"], models["small"], settings,
+                    judge=judging, cancelled=cancel.is_set, progress=bar.update,
+                )  # fmt: skip
+            if done < len(texts):
+                output.note(f"cancelled after {done} texts; the same command goes on from here")
+                envelope.exit_code = 130
+                return
+            dataset = read_dataset(work, models["small"])
+            facts = {r: models[r].info.fingerprint for r in ("small", "target")}
+        router, history = _train(
+            dataset, facts, labels, width, blocks, epochs, batch, learning_rate, recall, seed,
+            train_device,
+        )  # fmt: skip
+        _save(router, history, out, envelope)
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise MissingDependency('torch: not installed; run: pip install "steersman[torch]"')
+
+
+def _prompts(name: str, chat: bool) -> list[Prompt]:
+    from ..batch_input import lines, parse
+
+    found: list[Prompt] = []
+    try:
+        with open(name, "rb") as file:
+            for number, raw in lines(file):
+                try:
+                    found.append(parse(raw, line=number, chat=chat).prompt)
+                except InvalidInput as exc:
+                    raise InvalidInput(f"{name}:{number}: {exc}") from None
+    except OSError as exc:
+        raise InvalidInput(f"{name}: cannot be read: {exc.strerror}") from None
+    if len(found) < 2:
+        raise InvalidInput(f"{name}: holds {len(found)} prompts; some hundred are needed")
+    return found
+
+
+def _train(
+    dataset: Any,
+    fingerprints: dict[str, str],
+    labels: str,
+    width: int,
+    blocks: int,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    recall: float,
+    seed: int,
+    device: str,
+) -> tuple[Router, list[tuple[int, float, float]]]:
+    from steersman.backends.torch.train_router import RouterTraining, train_router
+    from steersman.core.routing import Router, RouterShape
+
+    shape = RouterShape(
+        features=dataset.hidden.shape[1],
+        top=dataset.top_logits.shape[1],
+        width=width,
+        blocks=blocks,
+    )
+    settings = RouterTraining(
+        epochs=epochs, batch=batch, learning_rate=learning_rate, recall=recall, seed=seed
+    )
+    with output.progress(2 * epochs, label="train", unit="validation") as bar:
+        found = train_router(
+            dataset.top_logits, dataset.hidden, dataset.embedding, dataset.labels, dataset.texts,
+            shape, settings, device=device, progress=lambda *_: bar.update(),
+        )  # fmt: skip
+    router = Router(
+        shape=shape,
+        weights=found.weights,
+        threshold=found.threshold.value,
+        small=fingerprints["small"],
+        target=fingerprints["target"],
+        facts={
+            "labels": labels,
+            "tokens": len(dataset.labels),
+            "divergent": float(dataset.labels.mean()),
+            "auc": found.auc,
+            "recall": found.threshold.recall,
+            "positive_rate": found.threshold.positive_rate,
+            "seed": seed,
+        },
+    )
+    return router, found.history
+
+
+def _save(
+    router: Router,
+    history: list[tuple[int, float, float]],
+    out: Path,
+    envelope: common.Envelope,
+) -> None:
+    from importlib.util import find_spec
+
+    from steersman.core.routing.router import save_router
+
+    save_router(router, out)
+    envelope.artifacts = {"router": out}
+    if find_spec("matplotlib") is not None:
+        from ..training_plot import write_loss_plot
+
+        plot = out.with_suffix(".svg")
+        write_loss_plot(plot, history, title="router")
+        envelope.artifacts["plot"] = plot
+    envelope.metrics = dict(router.facts)
+    envelope.result = {
+        "threshold": router.threshold,
+        "parameters": router.shape.size,
+        "history": [
+            {"step": step, "training": training, "validation": validation}
+            for step, training, validation in history
+        ],
+    }
+    if envelope.json:
+        return
+    rows = [[key, value] for key, value in {**router.facts, "threshold": router.threshold}.items()]
+    print(output.table(rows, header=["on the held-out texts", ""]))
+    for kind, path in envelope.artifacts.items():
+        output.note(f"{kind}: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from ...errors import InvalidInput, MissingFile, UsageError, did_you_mean
 from ...logits.stage import check_number
 from ...model import Tokenizer
+from ...strict_json import parse_json
 
 MAX_FILE_BYTES = 8 << 20
 MAX_PHRASES = 100_000
@@ -160,11 +160,7 @@ def _read(path: str, _changed: int, size: int) -> tuple[tuple[str, float | None]
 
 
 def _from_json(path: str, text: str) -> tuple[tuple[str, float | None], ...]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        line = f":{exc.lineno}" if isinstance(exc, json.JSONDecodeError) else ""
-        raise InvalidInput(f"{path}{line}: not a JSON list of phrases") from None
+    items = parse_json(text, path)
     found: list[tuple[str, float | None]] = []
     for number, item in enumerate(items, 1):
         where = f"{path}: item {number}"

@@ -73,7 +73,7 @@ def cost(model: Model, seed: int, prompt: Any, arm: str, args: Any) -> dict[str,
 
 def accuracy(model: Model, seed: int, prompt: Any, arm: str, args: Any) -> dict[str, float]:
     messages, true = prompt
-    tau = {"soft": 0.5, "soft tau_g 0.1": 0.1, "discrete": 0.0}
+    tau = {"soft": 0.5, "discrete": 0.0}
     overrides: dict[str, Any] = {"strategy": "sample"}
     if arm in tau:
         overrides = {
@@ -117,7 +117,7 @@ def main() -> None:
             )
             paired_table("cost", records, arms, ("sample_ms", "soft_ms", "ratio"))
         if "accuracy" in args.only:
-            arms = ("discrete", "soft", "soft tau_g 0.1", "sample")
+            arms = ("discrete", "soft", "sample")
             records = run_arms(
                 "accuracy", accuracy, arms, model, sums(args.data), args, tokens=args.tokens
             )

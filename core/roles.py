@@ -186,6 +186,7 @@ class Roles:
         *,
         opening: Callable[[str, str], None] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        keep: bool = False,
     ) -> Mapping[str, Model]:
         """Open what ``wanted`` asks for, and free what it does not; all of it or nothing.
 
@@ -201,6 +202,8 @@ class Roles:
             Called with a role and what is opened for it, before each opening.
         cancelled : callable
             Polled before each opening, and after the last.
+        keep : bool
+            Free nothing: for batches, whose lines may change profiles to and fro.
 
         Raises
         ------
@@ -232,6 +235,8 @@ class Roles:
             for model in fresh.values():
                 self._close(model)
             raise
+        if keep:
+            held, models = self._open, self.models | models
         left = [model for key, model in self._open.items() if key not in held]
         self._open = held | fresh
         self.models = models

@@ -24,15 +24,17 @@ from steersman.core.errors import (
     SteersmanError,
     UsageError,
 )
+from steersman.core.roles import role_options
 
 from . import common, generation, output
 from .batch_input import Item, lines, parse
 from .envelope import PARTIAL, Envelope, problem, to_json
 from .interrupts import ctrl_c_cancels
+from .roles import note_opening, open_roles
 from .tracing import Recorder, TraceArgs
 
 if TYPE_CHECKING:
-    from steersman.core.model import Model
+    from steersman.core.roles import Roles
 
 
 def run_batch(
@@ -65,15 +67,19 @@ def run_batch(
     with (
         (trace_args or TraceArgs()).recorder(append=out is not None) as recorder,
         _source(source) as (file, total),
-        common.load_model(model_args, profile=profile, envelope=envelope) as model,
+        open_roles(model_args, profile, envelope=envelope, all_known=True) as roles,
     ):
         facts = envelope.resolved["model"]
         run_key = _digest(
             facts["name"], facts["backend"], facts["dtype"], facts["fingerprint"],
             profile.fingerprint, sampling.stop, sampling.seed, sampling.truncate, chat, system,
             top_logprobs,
+            *(
+                (role, f["name"], f["backend"], f["dtype"], f["fingerprint"])
+                for role, f in envelope.resolved.get("roles", {}).items()
+            ),
         )  # fmt: skip
-        worker = _Worker(model, sampling, top_logprobs, recorder, envelope)
+        worker = _Worker(roles, model_args, sampling, top_logprobs, recorder, envelope)
         with _Sink(out) as sink, ctrl_c_cancels() as cancel:
             done, failed = sink.done, sink.failed
             with output.progress(total, label="generate", unit="line", done=done) as bar:
@@ -134,20 +140,21 @@ class _Worker:
 
     def __init__(
         self,
-        model: Model,
+        roles: Roles,
+        model_args: common.ModelArgs,
         sampling: common.SamplingArgs,
         top_logprobs: int | None,
         recorder: Recorder,
         envelope: Envelope,
     ) -> None:
-        from steersman.core import open_session
-
-        self._model = model
+        self._roles = roles
+        self._model_args = model_args
+        self._model = roles.target
         self._sampling = sampling
         self._logprobs = top_logprobs
         self._recorder = recorder
         self._envelope = envelope
-        self._session = open_session(model)
+        self._target = model_args.resolve(sampling.load_profile())
         self._base = sampling.seed if sampling.seed is not None else Rng.fresh().seed
         self._warned: set[str] = set()
         self.facts: dict[str, Any] = {}
@@ -161,9 +168,9 @@ class _Worker:
         try:
             item = parse(raw, line=number, chat=chat, system=system)
             return self._generate(item, cancel)
-        except CapabilityError:
-            raise  # no line could be answered
         except SteersmanError as exc:
+            if isinstance(exc, CapabilityError) and (item is None or item.profile is None):
+                raise  # no line could be answered
             found = problem(exc)
             self._envelope.errors.append(found)
             output.error(f"line {number}: {found.message}")
@@ -182,6 +189,9 @@ class _Worker:
         profile = self._sampling.load_profile(item.profile)
         # A line speaks for itself alone, so it is stronger than flags.
         profile = profile.override(item.overrides, origin=f"line {item.line}")
+        # The target is the run's; a line's profile may have other roles.
+        wanted = role_options(profile, self._target, self._model_args.roles)
+        self._roles.prepare(profile, wanted, opening=note_opening, keep=True)
         logprobs = item.logprobs if item.logprobs is not None else self._logprobs
         options = self._sampling.stream_options()
         options["stop"] = (*options["stop"], *item.stop)
@@ -194,7 +204,8 @@ class _Worker:
             item.prompt,
             profile,
             cancel=cancel,
-            session=self._session,
+            session=self._roles.sessions,
+            models=self._roles.models,
             recorder=self._recorder,
             request=item.line,
             logprobs=logprobs,

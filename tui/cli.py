@@ -99,7 +99,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@common.model_options
+@common.models_options
 @common.option("--profile", metavar="NAME|FILE", help="How to decode [balanced].")
 @click.option(
     "--version",

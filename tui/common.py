@@ -131,11 +131,25 @@ class ModelArgs:
     dtype: str | None = None
     device: str | None = None
     setting: str | None = None
+    layers: str | None = None
     offline: bool = False
+    roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    role_origins: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, profile: Profile | None = None) -> dict[str, Any]:
-        """Return the arguments of ``steersman.core.load``: flags over profile over built-in."""
+        """Return the arguments of ``steersman.core.load``: flags over profile over built-in.
+
+        They are the target's; :mod:`steersman.tui.roles` has those of all roles.
+        """
         wanted = dict(profile.models.get("target", {})) if profile is not None else {}
+        said = dict(self.roles.get("target", {})) | self._said()
+        if "model" in said:  # layers are those of the model that is named beside them
+            wanted.pop("layers", None)
+        wanted.update(said)
+        wanted.setdefault("model", DEFAULT_MODEL)
+        return {**wanted, "offline": self.offline}
+
+    def _said(self) -> dict[str, Any]:
         said = {
             "model": self.model,
             "backend": self.backend,
@@ -144,18 +158,24 @@ class ModelArgs:
             "dtype": self.dtype,
             "device": self.device,
             "setting": self.setting,
+            "layers": self.layers,
         }
-        wanted.update({k: v for k, v in said.items() if v is not None})
-        wanted.setdefault("model", DEFAULT_MODEL)
-        return {**wanted, "offline": self.offline}
+        return {name: value for name, value in said.items() if value is not None}
 
 
-model_options = _stack(
-    collect(
-        ["model", "backend", "ctx_size", "threads", "dtype", "device", "setting", "offline"],
-        "model_args",
-        ModelArgs,
-    ),
+def _with_roles(draft_model: str | None, model_for: tuple[str, ...], **values: Any) -> ModelArgs:
+    from .roles import parse_roles
+
+    roles = parse_roles(draft_model, model_for) if draft_model or model_for else {}
+    named = {"draft": "draft_model"} if draft_model else {}
+    origins = {role: origin(named.get(role, "model_for")) for role in roles}
+    return ModelArgs(**values, roles=roles, role_origins=origins)
+
+
+_MODEL_NAMES = (
+    "model", "backend", "ctx_size", "threads", "dtype", "device", "setting", "layers", "offline",
+)  # fmt: skip
+_model_flags = (
     option("-m", "--model", metavar="NAME|PATH|HUB-ID", help="Model to open [smollm2]."),
     option(
         "--backend",
@@ -175,7 +195,23 @@ model_options = _stack(
         help="reproducible: the same logits however a prompt is cut, as far as the engine can "
         "[reproducible].",
     ),
+    option("--layers", metavar="N|LIST", help="Keep only these layers: 20, or 0-9,20-29 [all]."),
     option("--offline", is_flag=True, help="Never ask the hub."),
+)  # fmt: skip
+model_options = _stack(collect(_MODEL_NAMES, "model_args", ModelArgs), *_model_flags)
+# For commands that run a strategy, which may have roles beside the target.
+models_options = _stack(
+    collect([*_MODEL_NAMES, "draft_model", "model_for"], "model_args", _with_roles),
+    *_model_flags,
+    option(
+        "-md", "--draft-model", metavar="NAME[,KEY=VALUE]",
+        help="Model that drafts, for strategies with such a role; short for --model-for draft=...",
+    ),
+    option(
+        "--model-for", multiple=True, type=Lines(), metavar="ROLE=NAME[,KEY=VALUE]",
+        help="Model for a role of the strategy: draft=smollm2,layers=0-9,20-29. Without NAME, the "
+        "target's own; keys as under models: in a profile.",
+    ),
 )  # fmt: skip
 
 
@@ -317,6 +353,8 @@ def settings(profile: Profile, model_args: ModelArgs, sampling: SamplingArgs) ->
     """Return every effective setting of a run, in order, with its origin."""
     from steersman.core.profile import Setting
 
+    from . import roles
+
     names = {"context": "ctx_size"}
     found = []
     for key, value in {"model": "", "backend": "auto", **model_args.resolve(profile)}.items():
@@ -328,7 +366,8 @@ def settings(profile: Profile, model_args: ModelArgs, sampling: SamplingArgs) ->
         found.append(Setting(key=key, value=value, origin=where))
     where = origin("profile") if sampling.profile != DEFAULT_PROFILE else "built-in"
     found.append(Setting(key="profile", value=sampling.profile, origin=where))
-    found += [s for s in profile.settings() if not s.key.startswith("models.target.")]
+    found += roles.settings(model_args, profile)
+    found += [s for s in profile.settings() if not s.key.startswith("models.")]
     seed = "drawn anew" if sampling.seed is None else sampling.seed
     found.append(Setting(key="seed", value=seed, origin=origin("seed")))
     return found

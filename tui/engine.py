@@ -5,21 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import common
+from .roles import wanted
 
 if TYPE_CHECKING:
     from steersman.core.decode.events import Event
-    from steersman.core.decode.sessions import Sessions
     from steersman.core.model import Model
     from steersman.core.profile import Profile
+    from steersman.core.roles import Roles
 
 Opener = Callable[..., "Model"]
 
 
 class ChatEngine:
-    """One open model and one conversation cache, used by one answer at a time.
+    """The open models of all roles and the caches of one conversation, for one answer at a time.
 
     Choosing another model or engine takes effect with the next answer; until the new one is open
     the old one stays, so that a wrong name costs nothing.
@@ -35,26 +37,52 @@ class ChatEngine:
     def __init__(self, args: common.ModelArgs, *, opener: Opener | None = None) -> None:
         self.args = args
         self._opener = opener
-        self._opened: dict[str, Any] | None = None
-        self._sessions: Sessions | None = None
-        self._lock = threading.Lock()
-        self.model: Model | None = None
+        self._lock = threading.RLock()  # one answer, or one change of models, at a time
+
+    @cached_property
+    def roles(self) -> Roles:
+        """What is open. Made when first needed, since it imports NumPy."""
+        from steersman.core.roles import Roles
+
+        return Roles(opener=self._opener)
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The open models by role; none before the first answer."""
+        return self.roles.models if "roles" in self.__dict__ else {}
+
+    @property
+    def model(self) -> Model | None:
+        """What answers, once it is open."""
+        return self.models.get("target")
 
     def choose(self, **changes: Any) -> None:
         """Use another model or backend from the next answer on."""
         self.args = replace(self.args, **changes)
 
-    def prepare(self, profile: Profile) -> Model:
-        """Return the model that ``profile`` and the choices so far ask for, opened if need be."""
-        from steersman.core import load, open_session
+    def ready(self, profile: Profile) -> bool:
+        """Whether everything that ``profile`` needs is open, or nothing is yet and it needs little.
 
-        wanted = self.args.resolve(profile)
-        if self.model is None or wanted != self._opened:
-            model = (self._opener or load)(**wanted)
-            self._release()
-            self.model, self._opened = model, wanted
-            self._sessions = open_session(model)
-        return self.model
+        A first model alone is opened when it first answers.
+        """
+        asked = wanted(self.args, profile, all_known=True)
+        return self.roles.ready(asked) or (self.model is None and len(asked) == 1)
+
+    def prepare(
+        self,
+        profile: Profile,
+        *,
+        opening: Callable[[str, str], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Model:
+        """Return the model that speaks; the models of all roles are opened if need be.
+
+        What no role needs any more is freed. When it fails or is cancelled, all stays as it was.
+        """
+        with self._lock:  # an answer that is being cancelled may still hold the caches
+            asked = wanted(self.args, profile, all_known=True)
+            self.roles.prepare(profile, asked, opening=opening, cancelled=cancelled)
+            return self.roles.target
 
     def stream(
         self,
@@ -67,27 +95,27 @@ class ChatEngine:
         """Yield the events of ``steersman.core.stream``. Call from a worker thread."""
         from steersman.core import stream
 
-        with self._lock:  # an answer that is being cancelled may still hold the cache
+        with self._lock:
             model = self.prepare(profile)
             yield from stream(
-                model, messages, profile=profile, session=self._sessions, cancel=cancel, **options
+                model,
+                messages,
+                profile=profile,
+                session=self.roles.sessions,
+                models=self.roles.models,
+                cancel=cancel,
+                **options,
             )
 
     @property
     def context(self) -> tuple[int, int]:
         """Tokens in the cache, and how many fit; (0, 0) before a model is open."""
-        if self._sessions is None:
+        if self.model is None:
             return 0, 0
-        return self._sessions.used, self._sessions.context
-
-    def _release(self) -> None:
-        if self._sessions is not None:
-            self._sessions.close()
-        if self.model is not None:
-            self.model.close()
-        self._sessions = self.model = None
+        return self.roles.sessions.used, self.roles.sessions.context
 
     def close(self) -> None:
-        """Free the model, after the running answer has stopped."""
+        """Free the models, after the running answer has stopped."""
         with self._lock:
-            self._release()
+            if self.models:
+                self.roles.close()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,13 +16,18 @@ from .. import common, output
 from ..conversation import Conversation
 from ..envelope import problem
 from ..interrupts import ctrl_c_cancels
+from ..roles import described, note_opening, open_roles, parse_roles, wanted
 from ..tracing import Recorder, TraceArgs, trace_options
+
+if TYPE_CHECKING:
+    from steersman.core.model import Model
+    from steersman.core.profile import Profile
 
 HELP = """\
 /profile [NAME]     show profiles, or decode with another one from now on
 /set KEY=VALUE      change a parameter: /set temperature.t=0.5; /set alone takes all back
 /show               print every effective setting and where it came from
-/model NAME         open another model; the conversation stays
+/model [ROLE=]NAME  open another model; the conversation stays
 /backend NAME       run the model on another engine
 /regenerate [NAME]  answer the last message again, with another profile if one is named
 /system [TEXT]      set the system message; without TEXT remove it
@@ -37,7 +43,7 @@ begins with /, write // instead."""
 
 @click.command("chat", context_settings={"max_content_width": 100})
 @common.option("-s", "--system", metavar="TEXT", help="System message.")
-@common.model_options
+@common.models_options
 @common.sampling_options
 @trace_options
 @common.output_options
@@ -68,16 +74,13 @@ class _Chat:
         sampling: common.SamplingArgs,
         recorder: Recorder,
     ) -> None:
-        from steersman.core import open_session
-
         self.conversation = conversation
         self.recorder = recorder
         self.model_args = model_args
         self.sampling = sampling
         self.failed = False
         self.profile = sampling.load_profile()
-        self.model = common.load_model(model_args, profile=self.profile)
-        self.session = open_session(self.model)
+        self.roles = open_roles(model_args, self.profile, all_known=True)
         self.commands: dict[str, Callable[[str], None]] = {
             "profile": self.set_profile,
             "set": self.set_option,
@@ -97,8 +100,12 @@ class _Chat:
 
     def __exit__(self, *exc: object) -> None:
         self.recorder.close()
-        self.session.close()
-        self.model.close()
+        self.roles.close()
+
+    @property
+    def model(self) -> Model:
+        """What answers."""
+        return self.roles.target
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -181,7 +188,8 @@ class _Chat:
                     self.profile,
                     printer=printer,
                     cancel=cancel,
-                    session=self.session,
+                    session=self.roles.sessions,
+                    models=self.roles.models,
                     recorder=self.recorder,
                     **self.sampling.stream_options(),
                 )
@@ -208,6 +216,7 @@ class _Chat:
                 "seed": done.seed,
                 "finish_reason": done.finish_reason,
                 "timings": generation.timings_record(done.timings),
+                **({"roles": roles} if (roles := described(self.roles.models)) else {}),
             }
         )
         if output.is_terminal(sys.stderr):
@@ -233,7 +242,7 @@ class _Chat:
             stop=self.sampling.stop,
             truncate=self.sampling.truncate,
         )
-        self.profile = sampling.load_profile()
+        self._change(sampling.load_profile())
         self.sampling = sampling
         output.note(f"profile {self.profile.name}: {self.profile.description}")
 
@@ -241,7 +250,7 @@ class _Chat:
         """``/set``."""
         options = (*self.sampling.option, change) if change else ()
         sampling = replace(self.sampling, option=options)
-        self.profile = sampling.load_profile()
+        self._change(sampling.load_profile())
         self.sampling = sampling
         output.note(", ".join(options) if options else "changes taken back")
 
@@ -249,9 +258,11 @@ class _Chat:
         """``/show``."""
         info = self.model.info
         rows = [["model", info.name, ""], ["backend", info.backend, ""]]
+        rows += [[role, what, ""] for role, what in described(self.roles.models).items()]
         rows += [
             [s.key, "none" if s.value is None else str(s.value), s.origin]
             for s in self.profile.settings()
+            if not s.key.startswith("models.")
         ]
         print(output.table(rows, header=["setting", "value", "from"]))
 
@@ -260,7 +271,19 @@ class _Chat:
         if not name:
             output.print_text(f"{self.model.info.name} ({self.model.info.path})")
             return
-        self._reopen(replace(self.model_args, model=name))
+        args = self.model_args
+        if "=" in name:
+            roles = parse_roles(None, (name,))
+            origins = dict.fromkeys(roles, "flag")
+            self._reopen(
+                replace(
+                    args,
+                    roles={**args.roles, **roles},
+                    role_origins={**args.role_origins, **origins},
+                )
+            )
+            return
+        self._reopen(replace(args, model=name, layers=None))
 
     def set_backend(self, name: str) -> None:
         """``/backend``."""
@@ -270,15 +293,16 @@ class _Chat:
         self._reopen(replace(self.model_args, backend=name))
 
     def _reopen(self, args: common.ModelArgs) -> None:
-        from steersman.core import open_session
+        self._change(self.profile, args)
+        output.note(f"{self.model.info.name} on {self.model.info.backend}")
 
-        # The old model stays until the new one is there: a failure changes nothing.
-        model = common.load_model(args, profile=self.profile)
-        self.session.close()
-        self.model.close()
-        self.model, self.model_args = model, args
-        self.session = open_session(model)
-        output.note(f"{model.info.name} on {model.info.backend}")
+    def _change(self, profile: Profile, args: common.ModelArgs | None = None) -> None:
+        """Decode with another profile or other models from now on, or, on failure, as before."""
+        args = args or self.model_args
+        asked = wanted(args, profile, all_known=True)
+        with ctrl_c_cancels() as cancel:
+            self.roles.prepare(profile, asked, opening=note_opening, cancelled=cancel.is_set)
+        self.profile, self.model_args = profile, args
 
     def regenerate(self, profile: str) -> None:
         """``/regenerate``."""

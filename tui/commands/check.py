@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from steersman.core.errors import UsageError
+
 from .. import common, output
 from ..envelope import RUNTIME, Envelope, Problem
+from ..roles import open_roles
 
 if TYPE_CHECKING:
     from steersman.core.contract import Check
     from steersman.core.model import Model
+    from steersman.core.roles import Roles
 
 MAX_PARITY_TOKENS = 512
 
@@ -28,13 +32,20 @@ MAX_PARITY_TOKENS = 512
 )
 @common.option("--only", metavar="NAME", multiple=True, envvar=None, help="Run this check alone.")
 @common.option("--text", metavar="FILE", envvar=None, help="Text to feed instead of the own one.")
+@common.option(
+    "--profile",
+    metavar="NAME|FILE",
+    envvar=None,
+    help="Check the models of all roles that this profile's strategy has.",
+)
 @common.option("--list", "names", is_flag=True, envvar=None, help="Name the checks and end.")
-@common.model_options
+@common.models_options
 @common.output_options
 def command(
     against: str | None,
     only: tuple[str, ...],
     text: str | None,
+    profile: str | None,
     names: bool,
     model_args: common.ModelArgs,
 ) -> None:
@@ -54,16 +65,47 @@ def command(
                 print(output.table(list(envelope.result.items()), header=["name", "title"]))
             return
         words = contract.TEXT if text is None else common.read_text(text)
-        with common.load_model(model_args, envelope=envelope) as model:
-            checks = _contract(model, words, only)
-            if against is not None:
-                other = replace(model_args, backend=against, dtype=None, device=None)
-                with common.load_model(other) as reference:
-                    envelope.resolved["against"] = common.model_facts(reference)
-                    checks += _parity(model, reference, words)
-            about = f"{model.info.name} on {model.info.backend}, {model.info.dtype}"
-            exact = "batch-invariant" if model.info.batch_invariant else "not batch-invariant"
-        _report(envelope, checks, f"{about}, {exact}")
+        checks: list[Check] = []
+        about = []
+        with _opened(model_args, profile, envelope) as roles:
+            for names_of, model in _distinct(roles.models):
+                own = _contract(model, words, only)
+                if model is roles.target and against is not None:
+                    other = replace(model_args, backend=against, dtype=None, device=None, roles={})
+                    with common.load_model(other) as reference:
+                        envelope.resolved["against"] = common.model_facts(reference)
+                        own += _parity(model, reference, words)
+                if len(roles.models) > 1:
+                    own = [replace(c, title=f"{names_of}: {c.title}") for c in own]
+                checks += own
+                about.append(_described(model))
+        _report(envelope, checks, "; ".join(about))
+
+
+def _opened(args: common.ModelArgs, name: str | None, envelope: Envelope) -> Roles:
+    """Open the target, or all roles of a profile, whose strategy must be able to run on them."""
+    from steersman.core.decode import strategy_class
+    from steersman.core.profile import Profile, load_profile
+
+    if name is None and args.roles:
+        raise UsageError("--model-for: give --profile as well; its strategy names the roles")
+    if name is not None:
+        return open_roles(args, load_profile(name), envelope=envelope)
+    plain = Profile(name="check", strategy=strategy_class("sample")())  # the target alone
+    return open_roles(args, plain, envelope=envelope)
+
+
+def _distinct(models: Mapping[str, Model]) -> list[tuple[str, Model]]:
+    """Return each model once, with the roles that it plays."""
+    found: dict[int, tuple[list[str], Model]] = {}
+    for role, model in models.items():
+        found.setdefault(id(model), ([], model))[0].append(role)
+    return [(" and ".join(roles), model) for roles, model in found.values()]
+
+
+def _described(model: Model) -> str:
+    exact = "batch-invariant" if model.info.batch_invariant else "not batch-invariant"
+    return f"{model.info.name} on {model.info.backend}, {model.info.dtype}, {exact}"
 
 
 def _contract(model: Model, text: str, only: tuple[str, ...]) -> list[Check]:

@@ -12,6 +12,7 @@ from steersman.core.errors import UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from ..roles import open_roles
 from ..tracing import TraceArgs, trace_options
 
 
@@ -33,7 +34,7 @@ from ..tracing import TraceArgs, trace_options
     help="A document to answer from: put before the prompt, unless it holds it already, and "
     "pointed out to strategies that look at evidence; may be given several times.",
 )
-@common.model_options
+@common.models_options
 @common.sampling_options
 @common.option(
     "--top-logprobs",
@@ -194,8 +195,9 @@ def _generate(
         wanted = with_evidence(wanted, evidence)
     with (
         trace_args.recorder() as recorder,
-        common.load_model(model_args, profile=profile, envelope=envelope) as model,
+        open_roles(model_args, profile, envelope=envelope) as roles,
     ):
+        model = roles.target
         logprobs = top_logprobs if top_logprobs is not None else (0 if envelope.json else None)
         printer = None if envelope.json else generation.Printer(live=live)
         with ctrl_c_cancels() as cancel:
@@ -209,6 +211,8 @@ def _generate(
                 recorder=recorder,
                 logprobs=logprobs,
                 evidence=evidence,
+                session=roles.sessions,
+                models=roles.models,
                 **sampling.stream_options(),
             )
         envelope.result = done.record(model, logprobs=logprobs is not None)

@@ -154,3 +154,13 @@ class Resumable(Strategy[S], Protocol[S]):
 def resumable(strategy: Any) -> bool:
     """Return whether ``strategy`` can be rewound by another one."""
     return callable(getattr(strategy, "resume", None))
+
+
+def cached_for_certain(strategy: Any, state: Any, otherwise: int) -> int:
+    """Return how many positions of the target's cache hold the text as causal calls leave them.
+
+    ``otherwise``, unless the strategy has a method ``cached(state)`` that knows of fewer: one that
+    shows tokens of a block whose cached positions were computed with masks among them.
+    """
+    known = getattr(strategy, "cached", None)
+    return otherwise if known is None else min(otherwise, int(known(state)))

@@ -14,7 +14,7 @@ from ...logits.stage import check_integer, check_number
 from ...model import Capability, Forward, IntArray, Output
 from ..rng import Rng
 from ..sample import Sample
-from ..types import Edit, Request, Step, Token, resumable
+from ..types import Edit, Request, Step, Token, cached_for_certain, resumable
 from .matching import Hit, Matcher, compile_regex, matcher, ngram_words
 from .redraw import redraw
 from .rules import Rule, check_lists, make_rules, openings, read_phrases
@@ -301,7 +301,9 @@ class Antislop:
             same=min(state.same, edit.keep),
             # The last token before this edit may not be in the cache yet, and the edit's own may
             # be part of a tree that only the inner strategy's next call would have kept.
-            cached=max(prompt + edit.keep, prompt + 1) - 1,
+            cached=cached_for_certain(
+                self.inner, state.inner, max(prompt + edit.keep, prompt + 1) - 1
+            ),
             moved=False,
             waiting=edit.tokens,
             then=replace(step, edit=None, note={}),

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from block_toys import MASK, MaskedModel
 from scipy import stats
-from toys import ToyTransformer
+from toys import ToySession, ToyTransformer
 
 from steersman.core.array import to_numpy
-from steersman.core.decode import BlockDiffusion, Sample
+from steersman.core.decode import Antislop, BlockDiffusion, Sample
 from steersman.core.decode.block_diffusion.strategy import _State
 from steersman.core.decode.events import Event, Finished, Note, TokenEvent, Withdrawn
 from steersman.core.decode.loop import decode
@@ -486,6 +486,31 @@ def test_resuming_equals_starting_with_the_text_as_prompt(cut: int) -> None:
         state, step = strategy.step(state, {"target": session.forward(step.ask["target"])}, Rng(0))
     want = run(model, strategy, prompt=(*HELLO, *text), max_tokens=14 - cut)
     assert tuple(state.progress.history[len(HELLO) :]) == (*text, *end(want).token_ids)
+
+
+def test_a_strategy_that_goes_back_never_builds_on_an_open_block() -> None:
+    """Antislop takes back what a block showed before it was committed."""
+    held: list[int] = []
+
+    class Watched(ToySession):
+        def forward(self, ask: Forward) -> Output:
+            if ask.causal:
+                held.extend(t for t in self.row_tokens()[: int(np.max(ask.keep))] if t < 0)
+            return super().forward(ask)
+
+    model = ToyTransformer()
+    model.session_class = Watched
+    inner = BlockDiffusion(block_length=6)
+    rewinds = 0
+    for seed in range(4):
+        text = end(run(model, inner, max_tokens=20, seed=seed)).token_ids
+        letters = [chr(token) for token in text if 97 <= token < 123 or 65 <= token < 91]
+        strategy = Antislop(inner=inner, phrases=(), regexes=tuple(letters[:6]))
+        events = run(model, strategy, max_tokens=20, seed=seed)
+        assert len(end(events).token_ids) == 20
+        rewinds += sum("rewind" in note for note in notes(events))
+    assert rewinds > 3
+    assert not held
 
 
 # -- limits, figures, mistakes -------------------------------------------------------------------

@@ -30,12 +30,18 @@ FloatRow = npt.NDArray[np.floating[Any]]
 class _Distribution:
     """One row as the chain has it: over the vocabulary, or over candidates with their ids."""
 
-    def __init__(self, logits: FloatRow, ids: IntArray | None) -> None:
+    def __init__(self, logits: FloatRow, ids: IntArray | None, n: int) -> None:
+        self.logits = logits
         self.ids = ids
         # Doubles cost nothing on a short list; over the vocabulary they would cost the most of all.
         wide = logits if ids is None else logits.astype(np.float64)
         self.logprobs: FloatRow = log_softmax(wide)
         self.probs: FloatRow = np.exp(self.logprobs)
+        self.likeliest = self._likeliest(max(n, 1))
+
+    def like(self, logits: FloatRow, ids: IntArray | None) -> bool:
+        """Whether ``logits`` are the same ones, so that a stage did nothing."""
+        return ids is self.ids and np.array_equal(logits, self.logits)
 
     def places(self, ids: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
         """Return where each of ``ids`` stands here, and whether it does."""
@@ -50,7 +56,7 @@ class _Distribution:
         at, here = self.places(ids)
         return np.where(here, self.logprobs[at], -np.inf)
 
-    def likeliest(self, n: int) -> list[tuple[int, float]]:
+    def _likeliest(self, n: int) -> list[tuple[int, float]]:
         """Return the ``n`` likeliest tokens that can be drawn, as (id, probability)."""
         _, where = top_k(self.logprobs, n)
         ids = where if self.ids is None else self.ids[where]
@@ -87,21 +93,20 @@ def explain(
     for row, values in enumerate(host):
         check_peak(float(start[row].max()), row)
         token = None if tokens is None else int(tokens[row])
-        before = _Distribution(start[row], None)
+        before = _Distribution(start[row], None, n)
         entry = _figures(before, n, token)
         if token is not None:
             entry["rank"] = _rank(start[row], token)
         steps: list[Mapping[str, Any]] = []
         if raw is not None:
-            steps.append(
-                {"name": name, **_step(before, after := _Distribution(values, None), n, token)}
-            )
+            after = _Distribution(values, None, n)
+            steps.append({"name": name, **_step(before, after, n, token)})
             before = after
         ids: IntArray | None = None
         for place, stage in stages:
             values, ids = run_row(values, ids, [(place, stage)], inputs, row, host.shape[1])
             check_left(values, row)
-            after = _Distribution(values, ids)
+            after = before if before.like(values, ids) else _Distribution(values, ids, n)
             steps.append({"name": stage.name, **_step(before, after, n, token)})
             before = after
         found.append({"raw": entry, "stages": steps})
@@ -114,7 +119,7 @@ def _figures(distribution: _Distribution, n: int, token: int | None) -> dict[str
     found: dict[str, Any] = {
         "left": int((logprobs > -np.inf).sum()),
         "entropy": _number(max(float(entropy(logprobs)), 0.0)),
-        "top": [[i, _number(p)] for i, p in distribution.likeliest(n)] if n else [],
+        "top": [[i, _number(p)] for i, p in distribution.likeliest[:n]],
     }
     if token is not None:
         found["p"] = _number(float(np.exp(distribution.logprobs_of(np.array([token]))[0])))
@@ -123,21 +128,31 @@ def _figures(distribution: _Distribution, n: int, token: int | None) -> dict[str
 
 def _step(before: _Distribution, after: _Distribution, n: int, token: int | None) -> dict[str, Any]:
     """Return what changed between two distributions, and the figures of the second."""
-    # All tokens that can still be drawn, and how likely each was.
-    left = (after.logprobs > -np.inf).nonzero()[0]
-    new, now = after.logprobs[left], after.probs[left]
-    ids = left if after.ids is None else after.ids[left]
-    old = before.logprobs_of(ids)
-    at, here = before.places(ids)
-    gone = before.probs.copy()
-    gone[at[here]] = 0
-    removed = float(gone.sum())
-    moved = float(np.abs(np.exp(old) - now).sum())
+    if after is before:
+        return {
+            "removed": 0.0, "tv": 0.0, "kl": 0.0, "argmax_changed": False,
+            **_figures(after, n, token),
+        }  # fmt: skip
+    possible = after.logprobs > -np.inf
+    if after.ids is None and before.ids is None and possible.all():
+        old, new, now, removed = before.logprobs, after.logprobs, after.probs, 0.0
+        moved = float(np.abs(before.probs - now).sum())
+    else:
+        # All tokens that can still be drawn, and how likely each was.
+        left = possible.nonzero()[0]
+        new, now = after.logprobs[left], after.probs[left]
+        ids = left if after.ids is None else after.ids[left]
+        old = before.logprobs_of(ids)
+        at, here = before.places(ids)
+        gone = before.probs.copy()
+        gone[at[here]] = 0
+        removed = float(gone.sum())
+        moved = float(np.abs(np.exp(old) - now).sum())
     return {
         "removed": _number(removed),
         "tv": _number((removed + moved) / 2),
         "kl": _number(max(float((now * (new - old)).sum()), 0.0)),
-        "argmax_changed": before.likeliest(1)[0][0] != after.likeliest(1)[0][0],
+        "argmax_changed": before.likeliest[0][0] != after.likeliest[0][0],
         **_figures(after, n, token),
     }
 

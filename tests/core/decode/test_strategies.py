@@ -42,12 +42,13 @@ def run(
     logprobs: int | None = None,
 ) -> list[Event]:
     with Sessions(every_role(model, strategy)) as sessions:
+        target = sessions.target
         request = Request(
             prompt=np.array(prompt),
             models=sessions.models,
-            eos_ids=model.tokenizer.eos_ids if eos is None else eos,
+            eos_ids=target.tokenizer.eos_ids if eos is None else eos,
             max_tokens=max_tokens,
-            context=model.info.context,
+            context=target.info.context,
             logprobs=logprobs,
             row=row,
         )
@@ -55,7 +56,9 @@ def run(
 
 
 def every_role(model: Any, *strategies: Any) -> dict[str, Any]:
-    """Return ``model`` in every role that the strategies have."""
+    """Return ``model`` in every role of the strategies; a dict says itself who plays what."""
+    if isinstance(model, dict):
+        return model
     return dict.fromkeys(["target", *(role for s in strategies for role in s.requires)], model)
 
 
@@ -267,8 +270,8 @@ def test_every_strategy(name: str) -> None:
     assert len(end(first).token_ids) <= 6
     assert end(run(model, strategy, prompt=prompt, max_tokens=0)).token_ids == ()
     assert end(run(model, strategy, prompt=prompt[:1], max_tokens=2)).reason in ("eos", "length")
-    needs = strategy.requires["target"]
-    exact = ToyTransformer(layers=4, without=~needs)  # offers what is required and nothing more
+    # Models that offer what is required of their role and nothing more.
+    exact = {r: ToyTransformer(layers=4, without=~n) for r, n in strategy.requires.items()}
     assert end(run(exact, strategy, prompt=prompt, seed=3, max_tokens=6)).token_ids == (
         end(first).token_ids
     )

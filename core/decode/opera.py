@@ -16,7 +16,7 @@ from ..model import Array, Capability, Forward, Output
 from ..ops import log_softmax, top_k
 from .beams import Beams, Candidate, candidates_needed, edit_to
 from .overtrust import FloatRow, grown_columns, most_frequent, overtrust, strongest_heads
-from .retrospection import Moment, Probe, Search, rewound
+from .retrospection import Moment, Probe, Search, inherited, rewound
 from .rng import Rng
 from .types import Request, Step, Token
 
@@ -234,7 +234,9 @@ class Opera:
         moment = Moment(
             beams=beams,
             columns=tuple(grown[i] for i in kept),
-            history=self._inherited(history, [beam for beam, _, _ in chosen]),
+            history=inherited(
+                history, [beam for beam, _, _ in chosen], by_place=self.faithful_history
+            ),
             sources=tuple(beam for beam, _, _ in chosen),
         )
         state = replace(state, moments=(*state.moments, moment))
@@ -264,16 +266,6 @@ class Opera:
         candidates.sort(key=lambda pick: (-pick[2], pick[0], pick[1]))
         needed = candidates_needed(self.beams, state.request.eos_ids)
         return candidates[:needed], by_pair
-
-    def _inherited(
-        self, history: tuple[tuple[int, ...], ...], parents: Sequence[int]
-    ) -> tuple[tuple[int, ...], ...]:
-        if not self.faithful_history:
-            return tuple(history[parent] for parent in parents)
-        return tuple(
-            history[place] if place < len(history) else history[parent]
-            for place, parent in enumerate(parents)
-        )
 
     # -- going back ------------------------------------------------------------------------------
 
@@ -325,7 +317,7 @@ class Opera:
         moment = Moment(
             beams=beams,
             columns=(),  # known once the chosen tokens have been fed
-            history=self._inherited(now.history, parents),
+            history=inherited(now.history, parents, by_place=self.faithful_history),
             sources=tuple(parents),
         )
         ask = state.feed(rows=parents, tokens=[pick[1] for pick in chosen])

@@ -94,6 +94,16 @@ class Search:
         )
 
 
+def inherited(
+    history: Sequence[tuple[int, ...]], parents: Sequence[int], *, by_place: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Return the histories of texts that continue ``parents``: their parents', or their places'."""
+    return tuple(
+        history[place if by_place and place < len(history) else parent]
+        for place, parent in enumerate(parents)
+    )
+
+
 def rewound(search: Search, position: int) -> tuple[Search, Step]:
     """Restore the moment before ``position`` was chosen, and ask for its logits again.
 

@@ -16,7 +16,7 @@ MAX_NOTE = 64 << 10  # bytes of a note
 MAX_DEPTH = 16  # levels of a note or of a profile's settings
 
 # Token ids stand in notes under these keys, alone or in lists; each gets a name in the trace.
-_ID_KEYS = frozenset({"token", "tokens", "rejected", "tried"})
+_ID_KEYS = frozenset({"token", "tokens", "ids", "rejected", "tried", "proposed", "drawn"})
 
 
 def note_ids(values: Any, depth: int = 0) -> Iterator[int]:
@@ -73,8 +73,20 @@ def describe_note(values: Mapping[str, Any], names: Mapping[int, str]) -> list[s
         passes = rest.pop("passes", None)
         after = f" after {_short(passes)} passes" if passes is not None else ""
         found.append(f"block {rest.pop('block')}{after}")
-    found += [f"{key}: {_short(value)}" for key, value in rest.items()]
+    found += [f"{key}: {_fact(key, value, names)}" for key, value in rest.items()]
     return found
+
+
+def _fact(key: str, value: Any, names: Mapping[int, str]) -> str:
+    """Return one value of a note; token ids by name, an object as a list of its facts."""
+    if key in _ID_KEYS and is_whole(value):
+        return name_of(value, names)
+    if key in _ID_KEYS and isinstance(value, list) and value and all(map(is_whole, value)):
+        return " ".join(name_of(i, names) for i in value[:32])
+    if isinstance(value, Mapping) and not any(isinstance(v, Mapping) for v in value.values()):
+        facts = list(value.items())[:32]
+        return ", ".join(f"{inner} {_fact(inner, fact, names)}" for inner, fact in facts)
+    return _short(value)
 
 
 def _rewound(verb: str, fact: dict[str, Any], names: Mapping[int, str]) -> str:
@@ -83,7 +95,7 @@ def _rewound(verb: str, fact: dict[str, Any], names: Mapping[int, str]) -> str:
         said += f", rule {_short(fact.pop('rule'))}"
     if is_whole(fact.get("token")):
         said += f", because of {name_of(fact.pop('token'), names)}"
-    return said + "".join(f", {key} {_short(value)}" for key, value in fact.items())
+    return said + "".join(f", {key} {_fact(key, value, names)}" for key, value in fact.items())
 
 
 def _drafted(rest: dict[str, Any], names: Mapping[int, str]) -> str:

@@ -529,6 +529,10 @@ def test_notes_in_words() -> None:
         "routed to large (score 0.5)"
     ]
     assert describe_note({"block": 2, "passes": 4}, names) == ["block 2 after 4 passes"]
+    assert describe_note({"thought": {"ids": [1, 7], "w": [0.5]}, "proposed": 1}, names) == [
+        "thought: ids ' one' #7, w [0.5]",
+        "proposed: ' one'",
+    ]
     assert describe_note({"k": [{"a": 1}], "l": "y" * 300}, names) == [
         'k: [{"a": 1}]',
         "l: " + "y" * 199 + "…",

@@ -26,6 +26,11 @@ _MARGIN = 1.02  # a draft must promise this much more than plain decoding
 _STALE = 64  # drafting rounds after which a plain one refreshes what it costs
 _SHARE = 0.02  # share of the time so far that speculation may have lost against plain decoding
 _GRACE = 1.5  # plain steps that it may lose before any time has passed
+_CAP = 1.25  # a call of n positions takes at most this much longer than n calls: all else is noise
+_GAP = 8  # rounds until a width that looked too dear is tried again, at first; then twice as many
+_HOPE = (
+    1.3  # tokens per plain step that must be possible for that, if the engine is as quick as can be
+)
 
 
 class CostCurve:
@@ -35,12 +40,30 @@ class CostCurve:
         self._samples: dict[int, deque[float]] = {}
         self._points: tuple[tuple[int, float], ...] | None = None
         self._lock = threading.Lock()
+        self._wait = self._gap = _GAP
 
-    def observe(self, width: int, seconds: float) -> None:
-        """Note that a call of ``width`` positions took ``seconds``."""
+    def observe(self, width: int, seconds: float) -> float:
+        """Note that a call of ``width`` positions took ``seconds``, and return what counts of it.
+
+        On a busy machine a single call may take many times its share; such outliers are cut.
+        """
+        plain = self.seconds(1)
+        if width > 1 and plain is not None:
+            seconds = min(seconds, _CAP * width * plain)
         with self._lock:
+            self._wait -= 1
             self._samples.setdefault(width, deque(maxlen=_SAMPLES)).append(seconds)
             self._points = None
+        return seconds
+
+    def try_again(self) -> bool:
+        """Return whether it is time to look again at what did not pay; more and more rarely."""
+        with self._lock:
+            if self._wait > 0:
+                return False
+            self._gap = min(2 * self._gap, 1024)
+            self._wait = self._gap
+            return True
 
     @property
     def widest(self) -> int:
@@ -54,7 +77,7 @@ class CostCurve:
             if self._points is None:
                 high, points = 0.0, []
                 for width in sorted(self._samples):
-                    high = max(high, statistics.median(self._samples[width]))
+                    high = max(high, statistics.median_low(self._samples[width]))
                     points.append((width, high))
                 self._points = tuple(points)
             return self._points
@@ -139,8 +162,7 @@ class Budget:
         self._width = 0
         self._plain_rounds = 0
         self._since_plain = 0
-        self._since_probe = 0
-        self._gap = 16
+        self._took = 0.0
         self._elapsed = 0.0
         self._lost = 0.0
 
@@ -150,12 +172,10 @@ class Budget:
         A round lasts from one answer to the next, so that the time a draft takes to make counts.
         """
         now = self._clock()
+        self._took = 0.0
         if self._entered is not None and self._width:
-            self._took = now - self._entered
-            self.curve.observe(self._width, self._took)
+            self._took = self.curve.observe(self._width, now - self._entered)
             self._elapsed += self._took
-        else:
-            self._took = 0.0
         self._entered = now
 
     def confirmed(self, tokens: int) -> None:
@@ -167,13 +187,11 @@ class Budget:
     def asked(self, width: int) -> None:
         """Note that the next call has ``width`` positions; 0 for one that is not to be timed."""
         self._width = width
-        self._since_probe += 1
         if width == 1:
             self._plain_rounds += 1
             self._since_plain = 0
         elif width > 1:
             self._since_plain += 1
-            self._since_probe = 0
 
     @property
     def floor(self) -> float:
@@ -200,26 +218,25 @@ class Budget:
             return 0
         reach = max(_FIRST, 2 * self.curve.widest)
         slack = _SHARE * self._elapsed + _GRACE * plain - self._lost
-        best, most, hopeful, hope = 0, _MARGIN, 0, 1.0
-        total, at = 1.0, 0
+        best, most, hopeful, hope = 0, _MARGIN, 0, _HOPE
+        total, at, dear = 1.0, 0, False
         for width in sorted({*WIDTHS, len(gains) + 1}):
             if width > min(reach, len(gains) + 1):
                 break
             total += sum(gains[at : width - 1])
             at = width - 1
             relative = self._relative(width, plain)
-            if (relative - 1) * plain > slack:
-                break  # were nothing accepted, the text would fall behind plain decoding
-            if total / relative > most:
+            # Were nothing accepted, the text would fall behind plain decoding by more than it may.
+            dear = dear or (relative - 1) * plain > slack
+            if not dear and total / relative > most:
                 best, most = width - 1, total / relative
             guess = total / (1 + _OPTIMISM * (width - 1))
-            if width <= 8 and guess > hope:
+            if width <= _FIRST and guess > hope:
                 hopeful, hope = width - 1, guess
-        if best or hope < 1.3 or self._since_probe < self._gap:
-            return best
-        # What is known says no, but it may be out of date: look again, more and more rarely.
-        self._gap = min(2 * self._gap, 512)
-        return hopeful
+        # What was measured may be out of date or an accident.
+        if not best and hopeful and slack > plain and self.curve.try_again():
+            return hopeful
+        return best
 
     def _relative(self, width: int, plain: float) -> float:
         return (self.curve.seconds(width) or plain) / plain

@@ -8,7 +8,7 @@ arXiv:2402.12374.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ Probs = npt.NDArray[np.float64]
 
 
 def recursive_rejection(
-    target: Probs, draft: Probs, drawn: Sequence[int], uniforms: Sequence[float] | Probs
+    target: Probs, draft: Probs, drawn: Sequence[int], uniforms: Iterable[float]
 ) -> tuple[int | None, Probs]:
     """Accept one of the drawn entries, or say what to draw from instead.
 
@@ -35,8 +35,8 @@ def recursive_rejection(
     drawn : sequence of int
         Entries in the order they were drawn. How many there are may depend on the ones before, but
         not on the entry itself.
-    uniforms : sequence of float in [0, 1)
-        One per drawn entry.
+    uniforms : iterable of float in [0, 1)
+        One per drawn entry; taken as they are needed.
 
     Returns
     -------
@@ -87,12 +87,13 @@ def draw(probs: Probs, uniform: float) -> int:
 
 
 def acceptance_uniforms(rng: Rng, row: int, position: int, count: int) -> Probs:
-    """Return the random numbers that accept or reject drafts of the token at ``position``."""
-    return rng.uniforms(row, position, count, draw=DRAW_ACCEPT)
+    """Return the random numbers that accept or reject ``count`` drafts of one position's token."""
+    return np.array([rng.uniform(row, position, draw=DRAW_ACCEPT + i) for i in range(count)])
 
 
 DRAW_ACCEPT = 3000
-"""``draw`` key of the random numbers that accept or reject drafts."""
+"""``draw`` key of the random numbers that accept or reject drafts of the token at a position: this
+plus the place of the draft among its siblings."""
 
 DRAW_DRAFT = 4000
 """``draw`` key of the random numbers that make drafts, at the position of the first one."""

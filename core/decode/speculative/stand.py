@@ -206,4 +206,4 @@ _ROUND = "a drafted token of a round"
 
 def _learn_round(rates: Rates, walked: Walk, tree: DraftTree) -> None:
     for depth in range(min(len(walked.tokens), tree.depth)):
-        rates.observe(_ROUND, 1.0, float(depth < walked.accepted))
+        rates.observe(_ROUND, 1.0, float(depth < len(walked.accepted)))

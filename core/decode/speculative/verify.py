@@ -268,8 +268,8 @@ class Walk:
         The node that each token was chosen after; the first is :data:`ROOT`.
     targets : tuple of Target
         The distribution that each token was drawn from.
-    accepted : int
-        How many tokens had been drafted.
+    accepted : tuple of int
+        The nodes whose tokens were confirmed, from the first token downwards.
     finish : str or None
         "eos", "length", or None when the text goes on.
     kept : Kept or None
@@ -280,7 +280,7 @@ class Walk:
     tokens: tuple[Token, ...]
     nodes: tuple[int, ...]
     targets: tuple[Target, ...]
-    accepted: int
+    accepted: tuple[int, ...]
     finish: str | None
     kept: Kept | None
 
@@ -307,7 +307,8 @@ def walk(
     tokens: list[Token] = []
     nodes: list[int] = []
     targets: list[Target] = []
-    accepted, finish = 0, None
+    accepted: list[int] = []
+    finish = None
     while finish is None:
         row = logits[node + 1]
         target = target_at(progress, chain, row, rng)
@@ -316,7 +317,8 @@ def walk(
         tokens.append(token)
         nodes.append(node)
         targets.append(target)
-        accepted += choice.child is not None
+        if choice.child is not None:
+            accepted.append(choice.child)
         if token.id in request.eos_ids:
             finish = "eos"
         elif progress.count >= request.max_tokens:
@@ -330,7 +332,7 @@ def walk(
         tokens=tuple(tokens),
         nodes=tuple(nodes),
         targets=tuple(targets),
-        accepted=accepted,
+        accepted=tuple(accepted),
         finish=finish,
         kept=kept_branch(begun.history, tree, nodes[-1]),
     )
@@ -354,11 +356,11 @@ def shown(walked: Walk, tree: DraftTree, ask: Mapping[str, Forward]) -> Step:
         edit = Edit(keep=walked.progress.count - len(walked.tokens), tokens=tokens)
     note = {}
     if len(tree):
-        path = set(tree.path(walked.nodes[-1]))
+        drafted = enumerate(tree.tokens.tolist())
         note = {
             "drafted": len(tree),
-            "accepted": walked.accepted,
-            "rejected": [t for i, t in enumerate(tree.tokens.tolist()) if i not in path][:32],
+            "accepted": len(walked.accepted),
+            "rejected": [token for i, token in drafted if i not in walked.accepted][:32],
         }
     if walked.finish is not None:
         return Step(edit=edit, finish=walked.finish, note=note)

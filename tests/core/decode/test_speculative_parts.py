@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from toys import TableModel, ToyTransformer, reference
+from toys import ToyTransformer, reference
 
 from steersman.core.array import to_numpy
-from steersman.core.decode.rng import Rng
 from steersman.core.decode.speculative.budget import WIDTHS, Budget, CostCurve, Rates, curve_of
 from steersman.core.decode.speculative.ngram import Entry, NgramTable, merged
 from steersman.core.decode.speculative.rejection import draw, gumbel_order, recursive_rejection
@@ -50,8 +50,9 @@ def test_a_tree_of_paths_holds_common_beginnings_once() -> None:
             assert tree.child(node, token) == end
             node = end
     assert tree.child(ROOT, 9) is None
-    assert [t.tolist() for t in histories(np.array([1, 2]), tree)][0] == [1, 2]
-    assert [1, 2, 5, 6, 8, 9] in [t.tolist() for t in histories(np.array([1, 2]), tree)]
+    texts = [text.tolist() for text in histories(np.array([1, 2]), tree)]
+    assert texts[0] == [1, 2]
+    assert [1, 2, 5, 6, 8, 9] in texts
 
 
 def test_a_chain_needs_no_tree() -> None:
@@ -113,7 +114,7 @@ def test_ask_again_keeps_what_agrees() -> None:
 # -- recursive rejection -------------------------------------------------------------------------
 
 
-def law(t: np.ndarray, d: np.ndarray, k: int, grid: int = 0) -> tuple[np.ndarray, float]:
+def law(t: np.ndarray, d: np.ndarray, k: int) -> tuple[np.ndarray, float]:
     """Return the exact law of the output and the chance of acceptance, by enumeration."""
     output, accepted = np.zeros(len(t)), 0.0
     for drawn in itertools.permutations(np.flatnonzero(d), k):
@@ -121,28 +122,29 @@ def law(t: np.ndarray, d: np.ndarray, k: int, grid: int = 0) -> tuple[np.ndarray
         for x in drawn:
             chance *= d[x] / left
             left -= d[x]
-        # The rule is a chain of threshold tests, so the uniforms can be integrated out.
         reach = chance
-        for i in range(k):
-            low = [1.0 - 1e-12] * i  # rejected so far: uniforms just below 1 reject if anything can
-            place, rest = recursive_rejection(t, d, drawn[: i + 1], [*low, 0.0])
-            before, now = accept_at(t, d, drawn[:i]), drawn[i]
-            assert before is not None
-            t_now, d_now = before
-            p = min(1.0, t_now[now] / d_now[now]) if d_now[now] > 0 else 0.0
-            if p > 0 and place == i:
-                assert rest[now] == pytest.approx(t_now[now])
-            output[now] += reach * p
+        for i, x in enumerate(drawn):
+            t_now, d_now = residual(t, d, drawn[:i])
+            p = min(1.0, t_now[x] / d_now[x])
+            # Just below the threshold the rule accepts, just above it goes on.
+            low = [1 - 1e-12] * i
+            if p > 1e-9:
+                assert recursive_rejection(t, d, drawn, [*low, p * (1 - 1e-9)])[0] == i
+            output[x] += reach * p
             accepted += reach * p
             reach *= 1 - p
-        if reach > 1e-15:
-            place, rest = recursive_rejection(t, d, drawn, [1.0 - 1e-12] * k)
+            if p >= 1 - 1e-12:
+                break
+            above = [*low, p * (1 + 1e-9), *[1 - 1e-12] * (k - i - 1)]
+            assert recursive_rejection(t, d, drawn, above)[0] != i
+        else:
+            place, rest = recursive_rejection(t, d, drawn, [1 - 1e-12] * k)
             assert place is None
             output += reach * rest
     return output, accepted
 
 
-def accept_at(t: np.ndarray, d: np.ndarray, before: tuple[int, ...]) -> tuple[Any, Any] | None:
+def residual(t: np.ndarray, d: np.ndarray, before: tuple[int, ...]) -> tuple[Any, Any]:
     """The definition, written out: target and draft after ``before`` were rejected."""
     t, d = t.copy(), d / d.sum()
     for x in before:
@@ -323,3 +325,118 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     np.savez(path, x=np.array([{}], object))
     with pytest.raises(InvalidInput, match="not an n-gram table"):
         NgramTable.load(path, MADE)
+
+
+# -- the budget ------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A clock that only calls move: ``cost(width)`` seconds each."""
+
+    def __init__(self, cost: str) -> None:
+        self.cost, self.now = COSTS[cost], 0.0
+        self.widths: Counter[int] = Counter()
+        self.budget = Budget(CostCurve(), lambda: self.now)
+
+    def run(self, rounds: int, gains: Any, accept: Any, noise: Any = lambda: 1.0) -> float:
+        """Return the speed against plain decoding over ``rounds`` rounds."""
+        budget, begun, tokens = self.budget, self.now, 0
+        budget.asked(0)
+        budget.entered()
+        for _ in range(rounds):
+            drafted = budget.choose(gains())
+            self.widths[1 + drafted] += 1
+            budget.asked(1 + drafted)
+            self.now += self.cost(1 + drafted) * noise()
+            budget.entered()
+            confirmed = 1 + accept(drafted)
+            budget.confirmed(confirmed)
+            tokens += confirmed
+        return tokens * self.cost(1) / (self.now - begun)
+
+
+def sure(chance: float, length: int = 15) -> list[float]:
+    return [chance**i for i in range(1, length + 1)]
+
+
+def geometric(random: np.random.Generator, chance: float) -> Any:
+    return lambda drafted: next((i for i in range(drafted) if random.random() >= chance), drafted)
+
+
+COSTS = {
+    "flat": lambda n: 1 + 0.02 * (n - 1),
+    "groups of eight": lambda n: 1.0 + (n - 1) // 8,
+    "affine": lambda n: 1.0 if n == 1 else 1.3 + 0.3 * n,
+    "as dear as single calls": lambda n: float(n) * 1.05,
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.95])
+def test_speculation_is_never_much_slower_than_plain_decoding(name: str, chance: float) -> None:
+    for seed in range(5):
+        accept = geometric(np.random.default_rng(seed), chance)
+        assert Engine(name).run(80, lambda: sure(chance), accept) > 0.95
+    # Even where every forecast is far too hopeful.
+    assert Engine(name).run(100, lambda: sure(0.9), lambda drafted: 0) > 0.95
+
+
+@pytest.mark.parametrize("name", ["flat", "groups of eight", "affine"])
+@pytest.mark.parametrize("chance", [0.6, 0.8, 0.95])
+def test_the_budget_finds_nearly_the_best_width(name: str, chance: float) -> None:
+    accept = geometric(np.random.default_rng(1), chance)
+    speed = Engine(name).run(400, lambda: sure(chance), accept)
+    widths = [1, *(w for w in WIDTHS if w <= 16)]
+    best = max((1 + sum(sure(chance, w - 1))) / COSTS[name](w) for w in widths)
+    assert speed > 0.85 * best
+
+
+def test_one_slow_call_does_not_end_speculation() -> None:
+    engine = Engine("flat")
+    late = iter([1.0, 1.0, 40.0])  # the first probe meets a busy machine
+    accept = geometric(np.random.default_rng(0), 0.9)
+    speed = engine.run(300, lambda: sure(0.9), accept, lambda: next(late, 1.0))
+    assert engine.widths[16] > 50
+    assert speed > 2
+
+
+def test_a_budget_that_does_not_adapt_takes_everything() -> None:
+    budget = Budget(CostCurve(), lambda: 0.0, adaptive=False)
+    assert budget.choose([0.01] * 7) == 7
+    assert budget.choose([]) == 0
+    assert budget.floor == 0
+
+
+def test_nothing_is_drafted_before_plain_decoding_is_timed() -> None:
+    engine = Engine("flat")
+    engine.run(3, lambda: sure(0.99), lambda drafted: drafted)
+    assert engine.widths[1] == 2
+
+
+def test_cost_curves_interpolate_and_belong_to_a_model() -> None:
+    model, other = ToyTransformer(), ToyTransformer()
+    curve = curve_of(model, "chain")
+    assert curve is curve_of(model, "chain")
+    assert curve is not curve_of(model, "tree")
+    assert curve is not curve_of(other, "chain")
+    assert curve.seconds(1) is None
+    for width, seconds in [(1, 1.0), (1, 9.0), (1, 1.2), (4, 2.2), (8, 2.0), (12, 3.0)]:
+        curve.observe(width, seconds)
+    assert curve.seconds(1) == 1.2  # the median: one outlier does not count
+    assert curve.seconds(8) == 2.2  # a wider call is not cheaper
+    assert curve.seconds(2) == pytest.approx(1.2 + 1.0 / 3)
+    assert curve.seconds(10) == pytest.approx(2.6)
+    assert curve.seconds(14) == pytest.approx(3.4)
+    assert curve.widest == 12
+
+
+def test_rates_follow_what_happens() -> None:
+    rates = Rates()
+    assert rates.rate("x", 0.7) == 0.7
+    for _ in range(300):
+        rates.observe("x", 1.0, 0.0)
+    assert rates.rate("x", 0.7) < 0.05
+    for _ in range(100):
+        rates.observe("x", 0.5, 0.5)
+    assert rates.rate("x", 0.7) > 0.7
+    assert rates.rate("y", 0.3) == 0.3

@@ -11,7 +11,7 @@ import pytest
 from steersman.core import generate, open_session
 from steersman.core.decode.sessions import Sessions
 from steersman.core.model import Model
-from steersman.core.profile import builtin_folder
+from steersman.core.profile import builtin_folder, load_profile
 
 pytestmark = pytest.mark.weights
 
@@ -33,10 +33,9 @@ def ask(question: str, *more: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_profile_runs_and_repeats_itself(profile: str, engine_model: Model) -> None:
-    first, again = (
-        generate(engine_model, BEGUN, profile=profile, seed=5, max_tokens=3, logprobs=0)
-        for _ in range(2)
-    )
+    roles = dict.fromkeys(load_profile(profile).strategy.requires, engine_model)
+    options: dict[str, Any] = {"seed": 5, "max_tokens": 3, "logprobs": 0, "models": roles}
+    first, again = (generate(engine_model, BEGUN, profile=profile, **options) for _ in range(2))
     assert first.token_ids == again.token_ids
     assert 1 <= len(first.token_ids) <= 3
     assert [t.raw_logprob for t in first.tokens] == [t.raw_logprob for t in again.tokens]

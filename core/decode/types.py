@@ -140,7 +140,13 @@ class Strategy(Protocol[S]):
 
 
 class Resumable(Strategy[S], Protocol[S]):
-    """A strategy that can go on from any text, so that another one may wrap it and rewind it."""
+    """A strategy that can go on from any text, so that another one may wrap it and rewind it.
+
+    When it resumes, the target's cache holds the prompt and all of ``tokens`` but the last. A
+    strategy that keeps soft tokens or several rows there is told by what it requires, one with open
+    blocks has ``cached(state)``, and one that reads the prompt as other tokens says so by
+    ``own_prompt = True``.
+    """
 
     def resume(self, state: S, tokens: Sequence[Token], rng: Rng) -> tuple[S, Step]:
         """Return the state and step that go on after ``tokens``, the whole generated text.
@@ -152,8 +158,22 @@ class Resumable(Strategy[S], Protocol[S]):
 
 
 def resumable(strategy: Any) -> bool:
-    """Return whether ``strategy`` can be rewound by another one."""
+    """Return whether ``strategy`` can go on from any text."""
     return callable(getattr(strategy, "resume", None))
+
+
+def rewindable(strategy: Any) -> bool:
+    """Return whether another strategy may ask the target about the text of ``strategy``.
+
+    That takes one that can resume, and a cache that holds the text's own tokens, in one row, or
+    tells how many of them it holds (:func:`cached_for_certain`).
+    """
+    if not resumable(strategy) or getattr(strategy, "own_prompt", False):
+        return False
+    needs = strategy.requires.get("target", Capability.NONE)
+    if needs & Capability.BLOCK and not hasattr(strategy, "cached"):
+        return False
+    return not needs & (Capability.EMBEDS | Capability.FORK)
 
 
 def cached_for_certain(strategy: Any, state: Any, otherwise: int) -> int:

@@ -14,7 +14,7 @@ from ...logits.stage import check_integer, check_number
 from ...model import Capability, Forward, IntArray, Output
 from ..rng import Rng
 from ..sample import Sample
-from ..types import Edit, Request, Step, Token, cached_for_certain, resumable
+from ..types import Edit, Request, Step, Token, cached_for_certain, rewindable
 from .matching import Hit, Matcher, compile_regex, matcher, ngram_words
 from .redraw import redraw
 from .rules import Rule, check_lists, make_rules, openings, read_phrases
@@ -136,7 +136,8 @@ class Antislop:
         Show text only when it can no longer be taken back. It then comes late by the length of the
         longest phrase, or by ``span``.
     inner : strategy
-        Any strategy that can resume from an arbitrary text.
+        Any strategy that can resume from an arbitrary text and keeps just that text in its cache:
+        sampling, speculation, routing, blocks, another antislop.
     chain : Chain
         The inner strategy's chain; tokens are drawn again from the model's own distribution through
         the same.
@@ -206,10 +207,10 @@ class Antislop:
                     check(text)
                 except UsageError as exc:
                     raise UsageError(f"antislop: {key} item {number}: {exc}") from None
-        if not resumable(self.inner):
+        if not rewindable(self.inner):
             raise UsageError(
-                f"antislop: inner {type(self.inner).__name__} cannot go on from a text that was "
-                f"taken back; strategies that can: {', '.join(_resumable_names())}"
+                f"antislop: inner {type(self.inner).__name__} cannot be sent back by another "
+                f"strategy; those that can: {', '.join(_rewindable_names())}"
             )
         self._share_chain()
 
@@ -447,7 +448,7 @@ def _allow(state: _State, hit: Hit, note: dict[str, Any], why: str | None) -> _S
     return replace(state, spots={**state.spots, hit.token: spot})
 
 
-def _resumable_names() -> list[str]:
+def _rewindable_names() -> list[str]:
     from .. import STRATEGIES  # late: that module imports this one
 
-    return [name for name, cls in STRATEGIES.items() if resumable(cls)]
+    return [name for name, cls in STRATEGIES.items() if cls is Antislop or rewindable(cls())]

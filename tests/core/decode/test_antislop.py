@@ -15,7 +15,7 @@ from toys import TableModel, ToyTokenizer, ToyTransformer, reference
 
 from steersman.core import generate
 from steersman.core.array import to_numpy
-from steersman.core.decode import Antislop, BeamSearch, Sample
+from steersman.core.decode import STRATEGIES, Antislop, Sample
 from steersman.core.decode.antislop.redraw import inverted, penalised
 from steersman.core.decode.events import Event, Finished, Note, TokenEvent, Withdrawn
 from steersman.core.decode.loop import decode
@@ -623,8 +623,29 @@ def test_antislop_around_antislop() -> None:
 
 
 def test_strategies_that_cannot_resume_are_refused() -> None:
-    with pytest.raises(UsageError, match="antislop: inner BeamSearch cannot go on .*: sample"):
-        Antislop(inner=BeamSearch())
+    """Also those whose cache is not simply the text's tokens."""
+    for other in ("beam", "soft_thinking", "byte_level", "token_healing"):
+        with pytest.raises(UsageError, match="antislop: inner .* cannot be sent back .*: sample"):
+            Antislop(inner=STRATEGIES[other]())
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup", "stand", "speculative", "spectr"])
+def test_around_speculation_a_greedy_text_is_the_same(name: str) -> None:
+    rules: dict[str, Any] = {"regexes": ("[b-z .]{2}", "[^a-z]{3}"), "phrases": ("e", "th", "a b")}
+    for model, prompt in (
+        (TableModel(order=2, seed=3), (0, 1, 2)),
+        (ToyTransformer(layers=2), tuple(b"the sea the sea")),
+    ):
+        texts, rewinds = [], 0
+        for inner in (Sample(), STRATEGIES[name]()):
+            strategy = Antislop(chain=GREEDY, inner=inner, **rules)
+            with Sessions({role: model for role in strategy.requires}) as sessions:
+                events = run(
+                    model, strategy, prompt=prompt, max_tokens=30, eos=NO_EOS, sessions=sessions
+                )
+            texts.append(end(events).token_ids)
+            rewinds += len(notes(events, "rewind"))
+        assert texts[0] == texts[1] and rewinds > 4
 
 
 def test_the_chain_is_shared() -> None:

@@ -280,7 +280,7 @@ def test_own_factors_and_strength() -> None:
         ("span: 0", r"span: span must be an integer, in 1..4000"),
         ("retries: 0", r"retries: retries must be"),
         ("acceptance: never", r"acceptance: expected one of 'argmax', 'draw'"),
-        ("inner: {beam: {}}", r"inner: inner BeamSearch cannot go on"),
+        ("inner: {beam: {}}", r"inner: inner BeamSearch cannot be sent back"),
     ],
 )
 def test_mistakes_in_a_profile(text: str, message: str) -> None:

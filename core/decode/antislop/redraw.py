@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ...array import Array, array_namespace, asarray_like, to_numpy
 from ...errors import BackendError
-from ...logits import Chain
-from ...logits.candidates import DRAW_TOKEN, Uniforms
+from ...logits import Chain, LogitBias, Mirostat
+from ...logits.candidates import DRAW_STAGES, DRAW_TOKEN, Uniforms
 from ...logits.logit_bias import apply_logit_bias
 from ...model import IntArray
 from ...ops import log_softmax, logsumexp, softmax, top_k
@@ -32,9 +33,11 @@ def penalised(logits: Array, factors: Mapping[int, float]) -> Array:
     factors : mapping of token id to float in [0, 1]
         0 removes the token.
     """
-    return apply_logit_bias(
-        logits, {token: math.log(f) if f > 0 else -math.inf for token, f in factors.items()}
-    )
+    return apply_logit_bias(logits, _bias(factors))
+
+
+def _bias(factors: Mapping[int, float]) -> dict[int, float]:
+    return {token: math.log(f) if f > 0 else -math.inf for token, f in factors.items()}
 
 
 def inverted(logits: Array, width: int = INVERTED) -> Array:
@@ -92,6 +95,7 @@ def redraw(
     history: IntArray,
     uniforms: Uniforms,
     logprobs: int | None,
+    trace: int | None = None,
 ) -> Redraw:
     """Draw a token from the chain's distribution with some tokens' probabilities multiplied.
 
@@ -112,6 +116,8 @@ def redraw(
         Draw from the :func:`inverted` distribution of the tokens that are not in ``factors``.
     history : int64 (T,)
         Prompt and text before the token.
+    logprobs, trace : int, optional
+        As in ``Request``.
     """
     # The text went back, which is rare: one copy to the host, and everything else happens there.
     raw = np.asarray(to_numpy(logits), np.float32)
@@ -122,7 +128,8 @@ def redraw(
 
     before = filtered(raw)
     after, others = penalised(before, factors), penalised(before, gone)
-    if force and _mass(others, before) < MIN_MASS:
+    first = force and _mass(others, before) < MIN_MASS
+    if first:
         before = raw
         after, others = penalised(raw, factors), penalised(raw, gone)
         if _mass(after, before) < MIN_MASS:
@@ -143,8 +150,11 @@ def redraw(
     token, logprob = draw_1d(after[0], uniforms(0, DRAW_TOKEN))
     if token == hit:
         return Redraw()
+    told = None
+    if trace is not None:
+        told = _explained(raw, factors, first, chain, history, uniforms, token, trace)
     if logprobs is None:
-        return Redraw(token=Token(id=token))
+        return Redraw(token=Token(id=token, trace=told))
     known = log_softmax(raw)[0]
     most, where = top_k(known, logprobs) if logprobs else ((), ())
     return Redraw(
@@ -153,8 +163,38 @@ def redraw(
             raw_logprob=float(known[token]),
             logprob=logprob,
             top=tuple((int(i), float(v)) for i, v in zip(where, most)),
+            trace=told,
         )
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ban(LogitBias):
+    """The factors as a stage, so that a trace lists them among the others."""
+
+    name: ClassVar[str] = "antislop"
+
+
+def _explained(
+    raw: Array,
+    factors: Mapping[int, float],
+    first: bool,
+    chain: Chain,
+    history: IntArray,
+    uniforms: Uniforms,
+    token: int,
+    n: int,
+) -> Mapping[str, Any]:
+    """Return what the chain and the factors did; inversion is not told."""
+    ban = _Ban(bias={i: bias for i, bias in _bias(factors).items()})
+    stages = chain.stages
+    end = 0 if first else len(stages) - any(isinstance(stage, Mirostat) for stage in stages)
+    explained = replace(chain, stages=(*stages[:end], ban, *stages[end:]))
+
+    def shifted(row: int, key: int) -> float:  # stages behind the new one keep their numbers
+        return uniforms(row, key - (key > DRAW_STAGES + end))
+
+    return explained.explain(raw, history=[history], uniforms=shifted, n=n, tokens=[token])[0]
 
 
 def _mass(part: Array, whole: Array) -> float:

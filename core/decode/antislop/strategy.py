@@ -395,6 +395,7 @@ class Antislop:
             history=state.ids[:position],
             uniforms=lambda row, key: fresh.uniform(request.row + row, position, draw=key),
             logprobs=request.logprobs,
+            trace=request.trace,
         )
         spot = replace(spot, factors=factors, tries=spot.tries + 1)
         note: dict[str, Any] = {}

@@ -540,6 +540,34 @@ def test_logprobs_of_a_token_drawn_again() -> None:
     assert [a.id for a in token.top] == [0, 1]
 
 
+@pytest.mark.parametrize(("chain", "place"), [(Chain((TopK(k=2),)), 1), (GREEDY, 0)])
+def test_a_trace_tells_what_the_ban_did(chain: Chain, place: int) -> None:
+    model = letters({"-": 0.5, "a": 0.3, "b": 0.2})
+    strategy = Antislop(phrases=("-",), chain=chain, variants=False)
+    for seed in range(5):
+        state, _ = strategy.init(
+            Request(
+                prompt=np.array([0]),
+                models={"target": model},
+                eos_ids=NO_EOS,
+                max_tokens=1,
+                context=9,
+                trace=3,
+            ),
+            Rng(seed),
+        )
+        out = {"target": Output(logits=np.log(model.table[None] + 1e-30).astype(np.float32))}
+        state, step = strategy.step(state, out, Rng(seed))
+        if step.edit is None:
+            state, step = strategy.step(state, out, Rng(seed))
+            assert step.edit is not None
+            (token,) = step.edit.tokens
+            assert token.trace is not None
+            ban = token.trace["stages"][place]
+            assert ban["name"] == "antislop" and token.id == 1
+            assert ban["removed"] == pytest.approx([0.5, 0.625][place], abs=1e-5)
+
+
 def test_a_listener_can_follow_every_edit() -> None:
     model = TableModel(order=2, seed=1)
     for seed in range(20):

@@ -1,8 +1,9 @@
-"""Training objectives as array functions: ``(loss, ...)`` from outputs and labels.
+"""Training objectives as array functions of outputs and labels.
 
 Each is one formula in array-API code, so that it has gradients on torch and values anywhere.
 """
 
 from .classification import binary_cross_entropy
+from .ranking import lambdarank, listnet, ranknet, ranks_of
 
-__all__ = ["binary_cross_entropy"]
+__all__ = ["binary_cross_entropy", "lambdarank", "listnet", "ranknet", "ranks_of"]

@@ -108,7 +108,7 @@ def _flat(
     return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), targets.shape
 
 
-class _Blocks(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):  # type: ignore[misc]
     """Negative log-likelihood and log-sum-exp (N,) of rows that all count."""
 
     @staticmethod

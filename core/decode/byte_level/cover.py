@@ -80,8 +80,8 @@ class Cover:
 
     search: ClassVar[Search] = "exact"
     name: ClassVar[str] = "cover"
-
     own_prompt: ClassVar[bool] = True  # its last tokens are drawn anew
+
     inner: Any = field(default_factory=Sample, metadata={"strategy": True})
     validity: Literal["exact", "fast"] = "exact"
     negligible: float = 1e-3

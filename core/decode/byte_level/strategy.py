@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -133,6 +133,8 @@ class ByteLevel:
     Phan et al., "Exact Byte-Level Probabilities from Tokenized Language Models for FIM-Tasks and
     Model Ensembles", arXiv:2410.09303.
     """
+
+    own_prompt: ClassVar[bool] = True  # the cache holds other tokens than those reported
 
     temperature: float = 1.0
     top_p: float = 1.0

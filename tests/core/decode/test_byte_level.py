@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bpe_toys import BpeTokenizer, ByteSource, InducedModel, prompts_of, random_bpe
-from toys import TableModel, ToyTokenizer
+from toys import TableModel, ToyTokenizer, byte_tokenizer, small_tokenizer
 
 from steersman.core.array import to_numpy
-from steersman.core.decode import Sample
+from steersman.core.decode import Antislop, BeamSearch, BestOfN, Sample
 from steersman.core.decode.byte_level import (
     ByteLevel,
     Cover,
@@ -25,6 +25,7 @@ from steersman.core.decode.byte_level import (
 )
 from steersman.core.decode.byte_level.law import mixture, sharpened
 from steersman.core.decode.byte_level.score import evaluated, needs_of
+from steersman.core.decode.byte_level.strategy import second_prompt
 from steersman.core.decode.events import Event, Finished, TokenEvent
 from steersman.core.decode.loop import decode
 from steersman.core.decode.rng import Rng
@@ -293,7 +294,7 @@ def test_bytes_and_covers_have_the_source_s_distribution(name: str) -> None:
     """Chi-square of the next 3 bytes; each of the two would fail by chance once in 1000 seeds."""
     from scipy.stats import chi2
 
-    model, data, total = random_model(7), b"ab", 500
+    model, data, total = random_model(7), b"ab", 250
     strategy = ByteLevel(negligible=0) if name == "byte_level" else Cover(negligible=0)
     counts: Counter[str] = Counter()
     for seed in range(total):
@@ -529,6 +530,29 @@ def test_what_was_learnt_before_changes_no_text() -> None:
             ]
         )
     assert texts[0] == texts[1]
+
+
+def test_another_vocabulary_s_prompt() -> None:
+    """Control tokens go by name, the rest by bytes; what ends inside a character stays bytes."""
+    ours, theirs = byte_tokenizer(), small_tokenizer()
+    ids = ours.encode("<|im_start|>ab<eos>a \n", special=True)
+    there, more = second_prompt(np.array(ids), ours, theirs)
+    names = [theirs.token_name(i) for i in there]
+    assert names == ["ab", "<eos>", "a", " ", "\n"] and more == b""
+    there, more = second_prompt(np.array([*ours.encode("a"), 0xF0, 0x9F]), ours, theirs)
+    assert there.tolist() == theirs.encode("a") and more == b"\xf0\x9f"
+
+
+def test_other_strategies_go_on_after_the_cover() -> None:
+    """Any strategy may be inside; none may be around, as the prompt's own tokens change."""
+    model = random_model(7)
+    inners = (BeamSearch(beams=2), BestOfN(n=2), Antislop(phrases=("ca", "bb")), Cover())
+    for inner in inners:
+        for seed in range(3):
+            text = end(run(model, Cover(inner=inner), prompt_of(model, b"ab"), seed=seed)).text
+            assert set(text.encode()) <= set(b"abc")
+    with pytest.raises(UsageError, match="cannot be sent back"):
+        Antislop(phrases=("ca",), inner=Cover())
 
 
 def test_a_second_model_must_be_there() -> None:

@@ -67,7 +67,7 @@ def test_every_flag_has_a_twin_or_is_positional_text(run: Runner) -> None:
     assert command is not None
     without = {p.opts[-1] for p in command.params if isinstance(p, click.Option) and not p.envvar}
     # What names one run's own input and output makes no sense as a lasting setting.
-    assert without == {"--prompt", "--file", "--jsonl", "--out", "--trace"}
+    assert without == {"--prompt", "--file", "--jsonl", "--out", "--trace", "--evidence"}
 
 
 def test_version_names_engines(run: Runner) -> None:

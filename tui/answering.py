@@ -12,6 +12,7 @@ from steersman.core.errors import SteersmanError
 
 from . import messages
 from .envelope import problem
+from .roles import described
 
 if TYPE_CHECKING:
     from textual.message import Message
@@ -56,7 +57,11 @@ class Answer:
         from .generation import Collected
 
         try:
-            model = engine.prepare(self.profile)
+            model = engine.prepare(
+                self.profile,
+                opening=lambda role, what: post(messages.ModelOpening(role, what)),
+                cancelled=self.cancel.is_set,
+            )
             post(messages.AnswerStarted(self.id, f"{self._maker(model)} · {self.profile.name}"))
             collected = Collected()
             reporter = _Reporter(self.id, post)
@@ -69,12 +74,14 @@ class Answer:
                 trace=self.recorder.top if self.recorder is not None else None,
             )
             if self.recorder is not None:
-                events = self.recorder.follow(events, models=model, profile=self.profile)
+                events = self.recorder.follow(events, models=engine.models, profile=self.profile)
             for event in events:
                 collected.take(event)
                 reporter.take(event)
             reporter.flush()
             facts = self._facts(collected, model)
+            if roles := described(engine.models):
+                facts["roles"] = roles
             if reporter.rewinds:
                 facts["rewinds"] = reporter.rewinds
             post(messages.AnswerDone(self.id, collected.text, facts, collected.truncated))

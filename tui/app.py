@@ -164,6 +164,8 @@ class SteersmanApp(Recording, Switching):
         status.backend = str(wanted.get("backend", "auto"))
         if self.engine.model is not None and status.backend == "auto":
             status.backend = self.engine.model.info.backend
+        helpers = [role for role in self.profile.strategy.requires if role != "target"]
+        status.model += "".join(f" + {role}" for role in helpers)
         status.profile = self.profile.name
         status.used, status.context = self.engine.context
 
@@ -190,8 +192,7 @@ class SteersmanApp(Recording, Switching):
     @on(PromptArea.Sent)
     async def send(self, event: PromptArea.Sent) -> None:
         """Answer what was written."""
-        if self.busy:
-            self.notify("Esc stops the running answer first.", severity="warning")
+        if not self._idle():
             return
         self.prompt.load_text("")
         if self.conversation is None:
@@ -206,8 +207,8 @@ class SteersmanApp(Recording, Switching):
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way."""
-        return self._answer is not None
+        """Whether an answer is on its way, or models are being opened for a profile."""
+        return self._answer is not None or self.changing
 
     async def _begin_answer(self) -> None:
         self._answers += 1
@@ -291,9 +292,14 @@ class SteersmanApp(Recording, Switching):
         self.status.state, self.status.speed = state or "ready", speed
 
     def action_cancel(self) -> None:
-        """Stop the answer; what was written stays. In a dialog: close it."""
+        """Stop the answer; what was written stays. In a dialog: close it.
+
+        While models are opened for another profile: keep the old one.
+        """
         if isinstance(self.screen, ModalScreen):
             self.screen.dismiss(None)
+        elif self.stop_change():
+            self.refresh_status()
         elif self._answer is not None:
             self._answer.cancel.set()
             self.status.state = "stopping"
@@ -309,7 +315,8 @@ class SteersmanApp(Recording, Switching):
 
     def _idle(self) -> bool:
         if self.busy:
-            self.notify("Esc stops the running answer first.", severity="warning")
+            what = "the opening of models" if self.changing else "the running answer"
+            self.notify(f"Esc stops {what} first.", severity="warning")
         return not self.busy
 
     async def action_regenerate(self) -> None:
@@ -410,6 +417,8 @@ class SteersmanApp(Recording, Switching):
 
     async def on_unmount(self) -> None:
         """Stop the answer and free the model."""
+        if self._change is not None:
+            self._change.cancel.set()
         if self._answer is not None:
             self._answer.cancel.set()
         self.close_trace()

@@ -84,6 +84,17 @@ class ChatEngine:
             self.roles.prepare(profile, asked, opening=opening, cancelled=cancelled)
             return self.roles.target
 
+    def settle(self, profile: Profile) -> None:
+        """Free what only an earlier profile needed, unless the engine is at work: then, later.
+
+        Only for a profile that is :meth:`ready`; raises as :meth:`prepare` does.
+        """
+        if self.model is not None and self._lock.acquire(blocking=False):
+            try:
+                self.prepare(profile)
+            finally:
+                self._lock.release()
+
     def stream(
         self,
         messages: Sequence[Mapping[str, str]],

@@ -17,6 +17,22 @@ class AnswerStarted(Message):
 
 
 @dataclass
+class ModelOpening(Message):
+    """A model is being opened for ``role``; ``what`` says which."""
+
+    role: str
+    what: str
+
+
+@dataclass
+class ProfileChanged(Message):
+    """The models of a profile are open, or, with a ``reason``, they could not be."""
+
+    change: object
+    reason: str | None = None
+
+
+@dataclass
 class AnswerProgress(Message):
     """``done`` of ``total`` prompt tokens are computed."""
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from textual import on, work
 from textual.app import App, SystemCommand
 from textual.binding import Binding
 from textual.screen import Screen
 
 from steersman.core.errors import SteersmanError
 
+from . import messages
+from .envelope import problem
 from .safe_text import show_line
 from .screens.choose import Choice, ChooseScreen
 
@@ -18,6 +23,16 @@ if TYPE_CHECKING:
     from steersman.core.profile import Profile
 
     from .engine import ChatEngine
+    from .widgets.status import StatusLine
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Change:
+    """A profile whose models are being opened, and what to do when they are."""
+
+    profile: Profile
+    then: Callable[[], Any] | None = None
+    cancel: threading.Event = field(default_factory=threading.Event)
 
 
 class Switching(App[None]):
@@ -28,6 +43,10 @@ class Switching(App[None]):
 
     if TYPE_CHECKING:  # what the app itself adds
 
+        @property
+        def busy(self) -> bool: ...
+        @property
+        def status(self) -> StatusLine: ...
         def refresh_status(self) -> None: ...
         async def action_regenerate(self) -> None: ...
         def action_export(self) -> None: ...
@@ -35,12 +54,19 @@ class Switching(App[None]):
         def action_show_trace(self) -> None: ...
         def action_toggle_truncate(self) -> None: ...
 
+    _change: Change | None = None
+
+    @property
+    def changing(self) -> bool:
+        """Whether models are being opened for another profile."""
+        return self._change is not None
+
     def action_regenerate_with(self) -> None:
         """Choose a profile, then answer again."""
 
-        async def chosen(name: str | None) -> None:
-            if name is not None and self._set_profile(name):
-                await self.action_regenerate()
+        def chosen(name: str | None) -> None:
+            if name is not None:
+                self._set_profile(name, self.action_regenerate)
 
         self._ask_profile(chosen)
 
@@ -52,17 +78,85 @@ class Switching(App[None]):
 
     def action_choose_profile(self) -> None:
         """Choose how to decode from the next answer on."""
-        self._ask_profile(lambda name: name and self._set_profile(name))
 
-    def _set_profile(self, name: str) -> bool:
+        def chosen(name: str | None) -> None:
+            if name is not None:
+                self._set_profile(name)
+
+        self._ask_profile(chosen)
+
+    def _set_profile(self, name: str, then: Callable[[], Any] | None = None) -> None:
+        """Decode with another profile from the next answer on, and do ``then``.
+
+        Models that it needs and that are not open are opened first; until they are, and if they
+        cannot be, the profile stays as it is.
+        """
         from steersman.core.profile import load_profile
 
+        self.stop_change()
         try:
-            self.profile = load_profile(name)
+            change = Change(profile=load_profile(name), then=then)
+            ready = self.engine.ready(change.profile)
+            if ready:
+                self.engine.settle(change.profile)
         except SteersmanError as exc:
             self.notify(show_line(str(exc)), severity="error", markup=False)
-            return False
+            return
+        if ready:
+            self._take(change)
+        elif self.busy:  # the engine can do one thing at a time
+            self.notify("Esc stops the running answer first.", severity="warning")
+        else:
+            self._change = change
+            self.status.state = "opening models"
+            self._open(change)
+
+    def _take(self, change: Change) -> None:
+        self.profile = change.profile
         self.refresh_status()
+        if change.then is not None:
+            self.call_next(change.then)
+
+    @work(thread=True, group="change", exit_on_error=False)
+    def _open(self, change: Change) -> None:
+        def opening(role: str, what: str) -> None:
+            self.post_message(messages.ModelOpening(role, what))
+
+        reason = None
+        try:
+            self.engine.prepare(change.profile, opening=opening, cancelled=change.cancel.is_set)
+        except Exception as exc:  # an engine's own failure must not take the chat down
+            reason = problem(exc).message
+        self.post_message(messages.ProfileChanged(change, reason))
+
+    @on(messages.ModelOpening)
+    def _opening(self, event: messages.ModelOpening) -> None:
+        if self.busy:
+            whose = "" if event.role == "target" else f"{event.role}: "
+            self.status.state = f"opening {whose}{event.what}"
+
+    @on(messages.ProfileChanged)
+    def _changed(self, event: messages.ProfileChanged) -> None:
+        if self._change is None or event.change is not self._change:
+            return  # it was stopped meanwhile
+        change, self._change = self._change, None
+        self.status.state = "ready"
+        if event.reason is None:
+            self._take(change)
+        else:
+            self.refresh_status()
+            self.notify(show_line(event.reason), severity="error", markup=False)
+
+    def stop_change(self) -> bool:
+        """Keep the profile as it is if another one's models are being opened; say whether so.
+
+        What is just being opened is freed once it is there.
+        """
+        if self._change is None:
+            return False
+        self._change.cancel.set()
+        self._change = None
+        self.status.state = "ready"
         return True
 
     def action_choose_model(self) -> None:

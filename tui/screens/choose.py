@@ -68,9 +68,12 @@ class ChooseScreen(ModalScreen[str | None]):
     def _fill(self, wanted: str) -> None:
         options = self.query_one(OptionList)
         options.clear_options()
+        named = None  # what was typed is often a name, and names occur in the remarks of others
         for choice in self._choices:
             if wanted.lower() not in f"{choice.title} {choice.remark}".lower():
                 continue
+            if wanted and choice.title.lower() == wanted.lower():
+                named = options.option_count
             mark = "● " if choice.value == self._current else "  "
             line = Text(mark + show_line(choice.title))
             if choice.remark:
@@ -78,7 +81,9 @@ class ChooseScreen(ModalScreen[str | None]):
             options.add_option(Option(line, id=f"n{self._choices.index(choice)}"))
             if choice.value == self._current:
                 options.highlighted = options.option_count - 1
-        if options.highlighted is None and options.option_count:
+        if named is not None:
+            options.highlighted = named
+        elif options.highlighted is None and options.option_count:
             options.highlighted = 0
 
     def on_input_changed(self, event: Input.Changed) -> None:

@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..api import encode_prompt
 from ..array import array_namespace, asarray_like, to_numpy
-from ..chat import encode_chat
 from ..decode.loop import prompt_chunks
 from ..decode.sessions import reuse_prefix
-from ..errors import BackendError, Cancelled, ContextOverflow, InvalidInput, UsageError
+from ..errors import BackendError, Cancelled, ContextOverflow, UsageError
 from ..model import Capability, Forward, IntArray, Model, Session
-from .identifiers import find_identifiers
-from .prompt import Prompt, count_words, merge_system, sanitise
+from .encoding import PromptEncoder
+from .prompt import Prompt, count_words, sanitise
 
 Array = Any
 
@@ -80,11 +78,11 @@ class WindowReader:
         if self.max_words < 1:
             raise UsageError(f"--max-words {self.max_words}: must be at least 1")
         self.model.require(Capability.LAST_LOGITS, who="rerank")
-        self.identifiers = find_identifiers(self.model.tokenizer)
+        self._encoder = PromptEncoder(self.model.tokenizer, self.prompt)
+        self.identifiers = self._encoder.identifiers
         self.counters = Counters()
         self.prompts: list[tuple[int, ...]] = []  # of the window being compared
         self._session: Session | None = None
-        self._system_role: bool | None = None
         self._letters: Array | None = None
 
     def start(self) -> None:
@@ -113,20 +111,7 @@ class WindowReader:
 
     def encode(self, query: str, passages: Sequence[str], *, max_words: int) -> list[int]:
         """Return the ids of a window's prompt, with the assistant's turn open and ``[`` in it."""
-        messages = self.prompt.messages(query, passages, max_words=max_words)
-        return [*self._encode_chat(messages), *self.identifiers.opening]
-
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        tokenizer = self.model.tokenizer
-        if tokenizer.chat_template is None:
-            # A base model: the same text without turns.
-            text = "".join(message["content"] + "\n" for message in messages)
-            return [int(i) for i in encode_prompt(tokenizer, text)]
-        if self._system_role is None:
-            self._system_role = _has_system_role(tokenizer)
-        if not self._system_role:
-            messages = merge_system(messages)
-        return encode_chat(tokenizer, messages)
+        return self._encoder.encode(query, passages, max_words=max_words)
 
     def fit(self, query: str, passages: Sequence[str], *, reserve: int) -> list[int]:
         """Return the prompt's ids with as many words per passage as the context allows.
@@ -240,14 +225,3 @@ class WindowReader:
         if self._session is None:
             self._session = self.model.session(needs=Capability.NONE)
         return self._session
-
-
-def _has_system_role(tokenizer: Any) -> bool:
-    """Whether the chat template renders a system message: some raise, some drop it."""
-    user = {"role": "user", "content": "b"}
-    try:
-        with_system = encode_chat(tokenizer, [{"role": "system", "content": "Rank."}, user])
-        other = encode_chat(tokenizer, [{"role": "system", "content": "Order these."}, user])
-    except InvalidInput:
-        return False
-    return with_system != other

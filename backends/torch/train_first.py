@@ -1,0 +1,389 @@
+"""Training a reranker with the FIRST objective: language-model loss plus a ranking loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steersman.core.errors import InvalidInput, MissingDependency, UsageError
+from steersman.core.objectives import lambdarank, listnet, ranknet
+from steersman.core.reranking.examples import EncodedExample
+
+from .linear_cross_entropy import IGNORE, linear_cross_entropy
+
+RankingLoss = Literal["ranknet", "ranknet-unweighted", "lambdarank", "listnet"]
+LOSSES: dict[str, tuple[Callable[..., Tensor], float]] = {
+    # With the factor that the released code gives each beside the language-model loss.
+    "ranknet": (ranknet, 10.0),
+    "ranknet-unweighted": (lambda s, r: ranknet(s, r, weighted=False), 1.0),
+    "lambdarank": (lambdarank, 1.0),
+    "listnet": (listnet, 0.1),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstTraining:
+    """Settings; the defaults suit a small model, the paper's are named.
+
+    Parameters
+    ----------
+    loss : {"ranknet", "ranknet-unweighted", "lambdarank", "listnet"}
+    ranking_weight : float, optional
+        Of the ranking loss; that of the released code if None (10, 1, 1 and 0.1).
+    lm_weight : float
+        Of the language-model loss on the written-out ranking; 0 leaves it out.
+    learning_rate, weight_decay, warmup, clip : float
+        AdamW with cosine decay, ``warmup`` steps, gradients cut at norm ``clip``. The paper's full
+        fine-tune takes 5e-6, LoRA wants more.
+    steps : int
+        Updates.
+    batch, accumulation : int
+        Examples per pass and passes per update.
+    lora_rank, lora_alpha : int
+        Rank 0 trains all weights.
+    neftune : float
+        Noise on the embeddings in training, the paper's is 5; 0 is none.
+    checkpointing : bool
+        Compute activations again in the backward pass instead of keeping them.
+    save_every : int
+        Updates between checkpoints.
+    seed : int
+    """
+
+    loss: RankingLoss = "ranknet"
+    ranking_weight: float | None = None
+    lm_weight: float = 1.0
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    warmup: int = 20
+    clip: float = 1.0
+    steps: int = 200
+    batch: int = 1
+    accumulation: int = 8
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    neftune: float = 0.0
+    checkpointing: bool = False
+    save_every: int = 25
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UsageError(f"--loss {self.loss!r}: must be one of {', '.join(LOSSES)}")
+        for name in ("steps", "batch", "accumulation", "save_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def factor(self) -> float:
+        """Weight of the ranking loss."""
+        return LOSSES[self.loss][1] if self.ranking_weight is None else self.ranking_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Losses of one update, means over its examples."""
+
+    step: int
+    loss: float
+    lm: float
+    ranking: float
+    learning_rate: float
+
+
+def open_trainable(folder: Path, settings: FirstTraining) -> Any:
+    """Return the model of a Hugging Face folder, with LoRA adapters if wanted.
+
+    Raises
+    ------
+    MissingDependency
+        peft is not installed.
+    InvalidInput
+        transformers cannot open the folder.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise InvalidInput(f"{folder}: transformers cannot open it ({first})") from error
+    if settings.lora_rank:
+        try:
+            import peft
+        except ImportError:
+            raise MissingDependency(
+                'peft: not installed; run: pip install "steersman[train]", or train all weights '
+                "with --lora-rank 0"
+            ) from None
+        torch.manual_seed(settings.seed)
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+                target_modules=TARGETS,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def first_loss(
+    model: Any, examples: Sequence[EncodedExample], settings: FirstTraining
+) -> tuple[Tensor, float, float]:
+    """Return the objective of a batch (a scalar with gradients) and its two parts.
+
+    ``lm_weight * L_LM + factor * L_rank``: the mean cross-entropy of the written-out ranking, and
+    the ranking loss of the letters' logits after the opening bracket. Logits of the vocabulary are
+    never held for all positions.
+    """
+    device = next(model.parameters()).device
+    length = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORE)
+    mask = torch.zeros(len(examples), length, dtype=torch.long)
+    for row, example in enumerate(examples):
+        size = len(example.ids)
+        ids[row, :size] = torch.tensor(example.ids)
+        labels[row, :size] = torch.tensor(example.labels)
+        mask[row, :size] = 1
+    ids, labels, mask = ids.to(device), labels.to(device), mask.to(device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedded = base.get_input_embeddings()(ids)
+    if settings.neftune and model.training:
+        bound = settings.neftune / math.sqrt(length * embedded.shape[-1])
+        embedded = embedded + torch.empty_like(embedded).uniform_(-bound, bound) * mask[..., None]
+    hidden = base.get_decoder()(
+        inputs_embeds=embedded, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    head = base.get_output_embeddings().weight
+    ranking = hidden.new_zeros(())
+    loss_of, _ = LOSSES[settings.loss]
+    for row, example in enumerate(examples):
+        letters = torch.tensor(example.letters, device=device)
+        scores = head[letters] @ hidden[row, example.place]
+        ranking = ranking + loss_of(scores.float(), torch.tensor(example.ranks, device=device))
+    ranking = ranking / len(examples)
+    lm = hidden.new_zeros(())
+    if settings.lm_weight:
+        lm = linear_cross_entropy(hidden, head, labels, shift=1)
+    total = settings.lm_weight * lm + settings.factor * ranking
+    return total, float(lm.detach()), float(ranking.detach())
+
+
+def batches(count: int, settings: FirstTraining, *, update: int) -> Iterator[list[int]]:
+    """Yield the examples of each pass of one update; a pure function of seed and update.
+
+    Every example is seen once before any is seen again; the order of each round is its own.
+    """
+    per_update = settings.batch * settings.accumulation
+    begin = update * per_update
+    chosen = []
+    for position in range(begin, begin + per_update):
+        epoch, place = divmod(position, count)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+        chosen.append(int(torch.randperm(count, generator=generator)[place]))
+    for i in range(0, per_update, settings.batch):
+        yield chosen[i : i + settings.batch]
+
+
+def learning_rate(settings: FirstTraining, update: int) -> float:
+    """Return the rate of an update: linear warm-up, then a cosine to 0."""
+    if update < settings.warmup:
+        return settings.learning_rate * (update + 1) / settings.warmup
+    span = max(settings.steps - settings.warmup, 1)
+    share = min((update - settings.warmup) / span, 1.0)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def train_first(
+    model: Any,
+    examples: Sequence[EncodedExample],
+    settings: FirstTraining,
+    folder: Path,
+    *,
+    report: Callable[[StepReport], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[StepReport]:
+    """Train; what is in ``folder`` goes on from where it stopped, with the same losses.
+
+    Parameters
+    ----------
+    model : transformers model, or one with peft adapters
+    examples : sequence of EncodedExample
+    settings : FirstTraining
+    folder : Path
+        ``checkpoint/`` (weights that are trained, optimizer and progress) and ``losses.jsonl``.
+    report : callable
+        Called after every update.
+    cancelled : callable
+        Polled between updates; a checkpoint is written then.
+
+    Returns
+    -------
+    list of StepReport
+        Of all updates so far, earlier runs included.
+
+    Raises
+    ------
+    UsageError
+        The folder belongs to a training with other settings or data.
+    """
+    if not examples:
+        raise InvalidInput("train first: no examples")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    # Longer runs and other save points leave the losses as they are; all else must be the same.
+    facts = {k: v for k, v in asdict(settings).items() if k != "save_every"}
+    job = {
+        "settings": facts,
+        "examples": len(examples),
+        "tokens": sum(len(e.ids) for e in examples),
+    }
+    history = _resume(folder, job, trained, optimizer)
+    model.train()
+    for update in range(len(history), settings.steps):
+        if cancelled():
+            break
+        torch.manual_seed(settings.seed + update)  # dropout and noise, the same after a resume
+        rate = learning_rate(settings, update)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        sums = [0.0, 0.0, 0.0]
+        for chosen in batches(len(examples), settings, update=update):
+            loss, lm, ranking = first_loss(model, [examples[i] for i in chosen], settings)
+            # A ranking loss that is not a number would spoil the weights for good.
+            if torch.isfinite(loss):
+                (loss / settings.accumulation).backward()
+            for i, value in enumerate((float(loss.detach()), lm, ranking)):
+                sums[i] += value / settings.accumulation
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
+        optimizer.step()
+        done = StepReport(
+            step=update + 1, loss=sums[0], lm=sums[1], ranking=sums[2], learning_rate=rate
+        )
+        history.append(done)
+        report(done)
+        if (update + 1) % settings.save_every == 0:
+            _save(folder, job, trained, optimizer, history)
+    _save(folder, job, trained, optimizer, history)
+    model.eval()
+    return history
+
+
+def _save(
+    folder: Path,
+    job: Any,
+    trained: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    history: Sequence[StepReport],
+) -> None:
+    """Write a checkpoint beside the old one, then put it in its place."""
+    fresh, held, old = (folder / n for n in ("checkpoint.part", "checkpoint", "checkpoint.old"))
+    for path in (fresh, old):
+        shutil.rmtree(path, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    names = list(trained)
+    save_file(
+        {n: p.detach().cpu().contiguous() for n, p in trained.items()},
+        fresh / "weights.safetensors",
+    )
+    state = optimizer.state_dict()["state"]
+    moments = {
+        f"{names[i]}.{key}": value.detach().cpu().contiguous()
+        for i, entry in state.items()
+        for key, value in entry.items()
+    }
+    save_file(moments, fresh / "optimizer.safetensors")
+    lines = [asdict(entry) for entry in history]
+    (fresh / "progress.json").write_text(json.dumps({"job": job, "history": lines}))
+    if held.exists():
+        os.replace(held, old)
+    os.replace(fresh, held)
+    shutil.rmtree(old, ignore_errors=True)
+    part = folder / "losses.part"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(part, folder / "losses.jsonl")
+
+
+def _resume(
+    folder: Path, job: Any, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> list[StepReport]:
+    held = folder / "checkpoint"
+    if not held.exists() and (folder / "checkpoint.old").exists():
+        os.replace(folder / "checkpoint.old", held)  # stopped between the two renames
+    if not held.exists():
+        return []
+    try:
+        progress = json.loads((held / "progress.json").read_text())
+        weights = load_file(held / "weights.safetensors")
+        moments = load_file(held / "optimizer.safetensors")
+    except Exception as error:
+        raise InvalidInput(f"{held}: damaged ({error}); delete it to begin anew") from None
+    made = progress["job"]
+    if made != job:
+        settings = made.get("settings", {})
+        other = [k for k, v in job["settings"].items() if settings.get(k) != v]
+        other += [k for k in ("examples", "tokens") if made.get(k) != job[k]]
+        raise UsageError(
+            f"{folder}: holds a training with another {', '.join(other)}; use another folder"
+        )
+    if set(weights) != set(trained):
+        raise InvalidInput(f"{held}: its weights are not those of this model; use another folder")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(trained):
+        entry = {
+            key: moments[f"{name}.{key}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{name}.{key}" in moments
+        }
+        if entry:
+            state[i] = entry
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    return [StepReport(**line) for line in progress["history"]]
+
+
+def save_merged(model: Any, source: Path, folder: Path) -> None:
+    """Write the trained model as a Hugging Face folder that every engine opens.
+
+    Adapters are merged into the weights; config, tokenizer and template are copied from ``source``.
+    """
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    merged.save_pretrained(part, safe_serialization=True)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt") and not path.name.startswith("model"):
+            shutil.copyfile(path, part / path.name)
+    os.replace(part, folder)

@@ -25,6 +25,8 @@ COMMANDS: Mapping[str, str] = {
     "score": "Log-probability of every token of a text; perplexity.",
     "rerank": "Order passages by how well they answer a query.",
     "eval": "Measure a ranking against relevance judgements.",
+    "train": "Train what a method needs: a router (on torch).",
+    "slop": "Find over-used words and phrases; make a ban list.",
     "models": "List models: known, installed, cached.",
     "profiles": "List, show, check, compare and create profiles.",
     "check": "Check an engine and a model against the contract.",
@@ -39,6 +41,8 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "profiles": ("list", "show", "validate", "path", "new", "diff"),
     "prompt": ("show",),
     "trace": ("show", "stats"),
+    "slop": ("profile",),
+    "train": ("r2r",),
 }
 
 

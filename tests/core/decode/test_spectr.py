@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from rounds import fresh_logits, rounds
 from toy_tokenizer import ToyTokenizer
 from toys import TableModel, ToyTransformer
 
@@ -20,7 +21,7 @@ from steersman.core.decode.events import Event, Finished, Note, TokenEvent
 from steersman.core.decode.loop import decode
 from steersman.core.decode.rng import Rng
 from steersman.core.decode.sample import begin
-from steersman.core.decode.sessions import Sessions, reuse_prefix
+from steersman.core.decode.sessions import Sessions
 from steersman.core.decode.speculative.draft_model import fit
 from steersman.core.decode.speculative.kseq import Choice, KSeq
 from steersman.core.decode.speculative.spectr import SpecTr, Speculative, drafts_of, kseq_rule
@@ -423,33 +424,6 @@ def test_models_of_different_libraries(lib: Any) -> None:
 # -- caches --------------------------------------------------------------------------------------
 
 
-def fresh_logits(model: Model, text: Sequence[int]) -> np.ndarray:
-    with model.session() as session:
-        out = session.forward(Forward(keep=0, tokens=np.array([text])))
-        return np.array(out.logits)[0]
-
-
-def rounds(
-    strategy: Any, models: Mapping[str, Model], asked: Request, seed: int = 0
-) -> Iterator[tuple[str, Forward, Output, list[int]]]:
-    """Yield role, call, answer and text so far, for every call of a run."""
-    with Sessions(models) as sessions:
-        ready = sessions.prepare(strategy, name="t")
-        rng, text, first = Rng(seed), asked.prompt.tolist(), True
-        state, step = strategy.init(asked, rng)
-        while step.finish is None:
-            out: dict[str, Output] = {}
-            for role, ask in step.ask.items():
-                made = reuse_prefix(ready[role], ask)[0] if first else ask
-                out[role] = ready[role].forward(made)
-                yield role, ask, out[role], text
-            first = False
-            state, step = strategy.step(state, out, rng)
-            if step.edit is not None:
-                text = [*asked.prompt.tolist(), *text[len(asked.prompt) :][: step.edit.keep]]
-                text += [t.id for t in step.edit.tokens]
-
-
 @pytest.mark.parametrize("strategy", [Speculative(length=3), SpecTr(drafts=3, length=3)])
 def test_kept_caches_equal_a_fresh_start(strategy: Any) -> None:
     """At every round, the first logits from both kept caches equal those of the text anew."""
@@ -458,18 +432,11 @@ def test_kept_caches_equal_a_fresh_start(strategy: Any) -> None:
     asked = request(models, prompt=tuple(b"cached"), max_tokens=14)
     seen = Counter[str]()
     for seed in range(2):
-        for role, ask, out, text in rounds(strategy, models, asked, seed):
-            if ask.logits == "none":
-                continue
-            logits = np.array(out.logits)
-            if role == "target":
-                first = logits[0, 0] if logits.ndim == 3 else logits[0]
-                np.testing.assert_allclose(first, fresh_logits(target, text), atol=1e-12)
-            elif len(logits) == 1 and len(ask.tokens[0]) and int(ask.keep) < len(text):
-                np.testing.assert_allclose(logits[0], fresh_logits(draft, text), atol=1e-12)
-            else:
-                continue
-            seen[role] += 1
+        for made in rounds(strategy, models, asked, seed):
+            if made.begins_round:
+                expected = fresh_logits(models[made.role], made.text)
+                np.testing.assert_allclose(made.first_logits, expected, atol=1e-12)
+                seen[made.role] += 1
     assert seen["target"] > 10
     assert seen["draft"] > 8
 

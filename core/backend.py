@@ -136,6 +136,18 @@ def backend_module(name: str) -> Any:
     raise UsageError(f"--backend {name!r}: unknown backend{did_you_mean(name, known_backends())}")
 
 
+def trainer(name: str) -> Any:
+    """Import and return the torch backend's module ``train_NAME``: training runs on torch alone.
+
+    Raises
+    ------
+    MissingDependency
+        torch or what belongs to it is not installed.
+    """
+    module = backend_module("torch")
+    return importlib.import_module(f"{module.__name__}.train_{name}")
+
+
 def load_with(name: str, source: Any, **options: Any) -> Model:
     """Open ``source`` (a ``ModelSource``) with the backend called ``name``."""
     model: Model = backend_module(name).open_model(source, **options)

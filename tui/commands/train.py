@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steersman.core.errors import InvalidInput, MissingDependency, UsageError
+from steersman.core.errors import InvalidInput, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
@@ -151,12 +151,13 @@ def r2r(
             raise UsageError(f"--out {out}: must end in .safetensors")
         if (labels == "judge") != (judge is not None):
             raise UsageError("--judge: goes with --labels judge, and the other way round")
-        _need_torch()
+        from steersman.core.backend import trainer
         from steersman.core.profile import load_profile
         from steersman.core.routing.collect import CollectSettings, collect, read_dataset
 
         from ..roles import open_model, open_roles
 
+        trainer("router")  # before any text is written
         texts = _prompts(prompts, chat)
         settings = CollectSettings(
             labels=labels, max_tokens=max_tokens, continuation=continuation, checks=checks
@@ -182,13 +183,6 @@ def r2r(
             train_device,
         )  # fmt: skip
         _save(router, history, out, envelope)
-
-
-def _need_torch() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise MissingDependency('torch: not installed; run: pip install "steersman[torch]"')
 
 
 def _prompts(name: str, chat: bool) -> list[Prompt]:
@@ -222,7 +216,7 @@ def _train(
     seed: int,
     device: str,
 ) -> tuple[Router, list[tuple[int, float, float]]]:
-    from steersman.backends.torch.train_router import RouterTraining, train_router
+    from steersman.core.backend import trainer
     from steersman.core.routing import Router, RouterShape
 
     shape = RouterShape(
@@ -231,11 +225,12 @@ def _train(
         width=width,
         blocks=blocks,
     )
-    settings = RouterTraining(
+    module = trainer("router")
+    settings = module.RouterTraining(
         epochs=epochs, batch=batch, learning_rate=learning_rate, recall=recall, seed=seed
     )
     with output.progress(2 * epochs, label="train", unit="validation") as bar:
-        found = train_router(
+        found = module.train_router(
             dataset.top_logits, dataset.hidden, dataset.embedding, dataset.labels, dataset.texts,
             shape, settings, device=device, progress=lambda *_: bar.update(),
         )  # fmt: skip

@@ -6,72 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from ...errors import SteersmanError, UsageError
 from ...logits import Chain
 from ...logits.stage import check_integer, check_number
-from ...model import Capability, Forward, IntArray, Output
+from ...model import Capability, Forward, Output
 from ..rng import Rng
 from ..sample import Sample
 from ..types import Edit, Request, Step, Token, cached_for_certain, rewindable
-from .matching import Hit, Matcher, compile_regex, matcher, ngram_words
+from .matching import Hit, compile_regex, matcher, ngram_words
 from .redraw import redraw
 from .rules import Rule, check_lists, make_rules, openings, read_phrases
+from .state import Spot, State, allow
 from .transcript import Transcript
 
 MAX_SPAN = 4000
 MAX_SPENT = 4  # tokens drawn in all, as a multiple of max_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spot:
-    """What has been decided at one position.
-
-    Attributes
-    ----------
-    factors : mapping of token id to float
-        Products of all factors that hits at this position have brought.
-    tries : int
-        Tokens drawn again here.
-    allowed : frozenset of Rule
-        Rules that may be broken here from now on.
-    """
-
-    factors: Mapping[int, float] = field(default_factory=dict)
-    tries: int = 0
-    allowed: frozenset[Rule] = frozenset()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    request: Request
-    matcher: Matcher
-    inner: Any
-    text: Transcript = field(default_factory=Transcript)
-    since: int = 0  # characters that were searched before the last token came
-    shown: int = 0  # tokens that the caller's text holds
-    same: int = 0  # how many of them are the text's
-    waiting: tuple[Token, ...] = ()  # of the inner strategy's edit, not looked at yet
-    then: Step = field(default_factory=Step)  # the inner strategy's step without its edit
-    hit: Hit | None = None  # what the answer that is awaited will decide
-    refilled: bool = False  # the inner strategy resumes when the answer is there
-    cached: int = 0  # positions that the target's cache holds for certain
-    moved: bool = False  # the cache is not as the inner strategy left it
-    spots: Mapping[int, Spot] = field(default_factory=dict)
-    slow: frozenset[Rule] = frozenset()
-    spent: int = 0  # tokens drawn, those that went included
-    rewinds: int = 0
-
-    @property
-    def allowed(self) -> frozenset[tuple[int, Rule]]:
-        return frozenset((at, rule) for at, spot in self.spots.items() for rule in spot.allowed)
-
-    @property
-    def ids(self) -> IntArray:
-        """Prompt and text."""
-        generated = np.array([token.id for token in self.text.tokens], np.int64)
-        return np.concatenate([self.request.prompt, generated])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,14 +202,14 @@ class Antislop:
 
     # -- the strategy's own steps ----------------------------------------------------------------
 
-    def init(self, request: Request, rng: Rng) -> tuple[_State, Step]:
+    def init(self, request: Request, rng: Rng) -> tuple[State, Step]:
         inner, step = self.inner.init(request, rng)
         made = matcher(
             self.rules, stopwords=self.stopwords, span=self.span, timeout=self.regex_timeout
         )
-        return self._take(_State(request=request, matcher=made, inner=inner), step, rng)
+        return self._take(State(request=request, matcher=made, inner=inner), step, rng)
 
-    def step(self, state: _State, out: Mapping[str, Output], rng: Rng) -> tuple[_State, Step]:
+    def step(self, state: State, out: Mapping[str, Output], rng: Rng) -> tuple[State, Step]:
         if state.hit is not None:
             return self._decide(state, state.hit, out["target"], rng)
         if state.refilled:
@@ -271,12 +220,12 @@ class Antislop:
         inner, step = self.inner.step(state.inner, out, rng.child(state.rewinds))
         return self._take(replace(state, inner=inner), step, rng)
 
-    def resume(self, state: _State, tokens: Sequence[Token], rng: Rng) -> tuple[_State, Step]:
+    def resume(self, state: State, tokens: Sequence[Token], rng: Rng) -> tuple[State, Step]:
         inner, step = self.inner.resume(state.inner, tokens, rng.child(state.rewinds))
         if state.matcher.empty:
             return replace(state, inner=inner), step
         text = Transcript().extend(tokens, state.request.models["target"].tokenizer)
-        return _State(
+        return State(
             request=state.request,
             matcher=state.matcher,
             inner=inner,
@@ -289,7 +238,7 @@ class Antislop:
             rewinds=state.rewinds,
         ), step
 
-    def _take(self, state: _State, step: Step, rng: Rng) -> tuple[_State, Step]:
+    def _take(self, state: State, step: Step, rng: Rng) -> tuple[State, Step]:
         """Look at what the inner strategy has done."""
         if state.matcher.empty or (step.edit is None and step.finish is None):
             return state, step
@@ -312,7 +261,7 @@ class Antislop:
         )
         return self._go_on(state, rng, dict(step.note))
 
-    def _go_on(self, state: _State, rng: Rng, note: dict[str, Any]) -> tuple[_State, Step]:
+    def _go_on(self, state: State, rng: Rng, note: dict[str, Any]) -> tuple[State, Step]:
         """Add the tokens that wait, until one completes something banned."""
         request = state.request
         tokenizer = request.models["target"].tokenizer
@@ -331,7 +280,7 @@ class Antislop:
                 why = self._why_not(state, hit)
                 if why is None:
                     return self._look_again(state, hit, note)
-                state = _allow(state, hit, note, why)
+                state = allow(state, hit, note, why)
             elif state.waiting:
                 searched = False
                 state = replace(
@@ -354,7 +303,7 @@ class Antislop:
         inner, step = self.inner.resume(state.inner, state.text.tokens, rng.child(state.rewinds))
         return replace(state, inner=inner), replace(step, edit=edit, note={**step.note, **note})
 
-    def _why_not(self, state: _State, hit: Hit) -> str | None:
+    def _why_not(self, state: State, hit: Hit) -> str | None:
         """Return why the text may not go back any more, if so."""
         spot = state.spots.get(hit.token)
         if spot is not None and spot.tries >= self.retries:
@@ -363,7 +312,7 @@ class Antislop:
             return "steps"
         return None
 
-    def _look_again(self, state: _State, hit: Hit, note: dict[str, Any]) -> tuple[_State, Step]:
+    def _look_again(self, state: State, hit: Hit, note: dict[str, Any]) -> tuple[State, Step]:
         """Ask what could have stood where a hit begins."""
         end = len(state.request.prompt) + hit.token
         begin = min(state.cached, end - 1)
@@ -371,7 +320,7 @@ class Antislop:
         state = replace(state, hit=hit, cached=end, moved=True)
         return state, Step(ask={"target": ask}, note=note)
 
-    def _decide(self, state: _State, hit: Hit, out: Output, rng: Rng) -> tuple[_State, Step]:
+    def _decide(self, state: State, hit: Hit, out: Output, rng: Rng) -> tuple[State, Step]:
         """Draw again where a hit begins, and go on from there if another token comes."""
         request, at, rule = state.request, hit.token, hit.rule
         old = state.text.tokens[at].id
@@ -401,7 +350,7 @@ class Antislop:
         note: dict[str, Any] = {}
         if found.token is None:
             state = replace(state, spots={**state.spots, at: spot})
-            state = _allow(state, hit, note, "mass" if found.exhausted else None)
+            state = allow(state, hit, note, "mass" if found.exhausted else None)
             return self._go_on(state, rng, note)
         note["rewind"] = {
             "to": at,
@@ -425,7 +374,7 @@ class Antislop:
         )
         return self._go_on(state, rng, note)
 
-    def _edit(self, state: _State) -> tuple[_State, Edit | None]:
+    def _edit(self, state: State) -> tuple[State, Edit | None]:
         """Return the change to the caller's text that is due."""
         end = len(state.text)
         if self.hold_back and state.then.finish is None:
@@ -435,18 +384,6 @@ class Antislop:
             return state, None
         edit = Edit(keep=state.same, tokens=state.text.tokens[state.same : end])
         return replace(state, shown=end, same=end), edit
-
-
-def _allow(state: _State, hit: Hit, note: dict[str, Any], why: str | None) -> _State:
-    """Let a hit stand; ``why`` says what prevents going back, None that its rule accepts it."""
-    spot = state.spots.get(hit.token, Spot())
-    spot = replace(spot, allowed=spot.allowed | {hit.rule})
-    fact: dict[str, Any] = {"to": hit.token, "rule": hit.rule.text}
-    if why is None:
-        note.setdefault("accepted", fact)
-    else:
-        note.setdefault("suppressed", fact | {"why": why})
-    return replace(state, spots={**state.spots, hit.token: spot})
 
 
 def _rewindable_names() -> list[str]:

@@ -220,9 +220,11 @@ def summary(collected: Collected) -> str:
     timings = collected.timings
     if timings is None:
         return "no result"
+    rewinds = sum("rewind" in note for note in collected.notes)
     return (
         f"{timings.prompt_tokens} prompt tokens"
         + (f" ({timings.cached_tokens} cached)" if timings.cached_tokens else "")
         + f", {timings.generated_tokens} generated, {timings.tokens_per_second:.1f} tok/s"
+        + (f", went back {rewinds} times" if rewinds > 1 else ", went back once" * rewinds)
         + f", seed {collected.seed}, end: {collected.finish_reason}"
     )

@@ -24,7 +24,7 @@ from .vocabulary import FloatArray, unfinished
 if TYPE_CHECKING:
     from .covers import Covers
 
-_BY_RULE = 128  # tokens of one left part that are judged where a rule makes them independent
+_BY_RULE = 32  # tokens of one left part that are judged where a rule makes them independent
 _AT_ONCE = 16  # tokens of one left part that are asked about before masses are summed again
 
 

@@ -37,7 +37,7 @@ class Settings:
 
     exact: bool = True
     negligible: float = 1e-3
-    checks: int = 64
+    checks: int = 16
     rows: int = 8
     search: Search = "exact"
 

@@ -21,6 +21,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 
 _SAMPLES = 9  # times that a width's median is taken over
 _OPTIMISM = 0.1  # cost of a further position, in single steps, before anything is known
+_FEARED = 0.5  # the same where the question is what a draft may lose
 _FIRST = 4  # width of the first probe: wide enough to tell a slope from a fixed cost
 _MARGIN = 1.02  # a draft must promise this much more than plain decoding
 _STALE = 64  # drafting rounds after which a plain one refreshes what it costs
@@ -227,7 +228,8 @@ class Budget:
             at = width - 1
             relative = self._relative(width, plain)
             # Were nothing accepted, the text would fall behind plain decoding by more than it may.
-            dear = dear or (relative - 1) * plain > slack
+            feared = relative if self.curve.widest > 1 else 1 + _FEARED * (width - 1)
+            dear = dear or (feared - 1) * plain > slack
             if not dear and total / relative > most:
                 best, most = width - 1, total / relative
             guess = total / (1 + _OPTIMISM * (width - 1))

@@ -134,7 +134,7 @@ def r2r(
     model_args: common.ModelArgs,
 ) -> None:
     """Train a router for a pair of models: --model is the large one, --model-for small=... the
-    small one (by default the large one without ten of its layers).
+    small one (by default the large one without four of its layers).
 
     The large model writes a text per prompt; the small one reads each and its logits, hidden states
     and choices are kept; the tokens are labelled; a small network learns to tell divergent ones.

@@ -160,6 +160,11 @@ def fit(logits: npt.NDArray[np.float32], shared: npt.NDArray[np.bool_]) -> npt.N
     return fitted
 
 
+def behind(history: IntArray, rows: Sequence[IntArray]) -> int:
+    """Return how many tokens of the text the draft model has to read before it can draft."""
+    return len(history) - min(max(common_prefix(r, history) for r in rows), len(history) - 1)
+
+
 def common_prefix(a: IntArray, b: IntArray) -> int:
     """Return how many leading tokens two texts share."""
     size = min(len(a), len(b))

@@ -236,7 +236,11 @@ class _DraftModel:
         )
         if walked.finish is not None:
             return state, {}
-        drafts, length = state.pace.choose(nodes=most_nodes(progress), depth=deepest(progress))
+        drafts, length = state.pace.choose(
+            nodes=most_nodes(progress),
+            depth=deepest(progress),
+            behind=draft_model.behind(progress.history, state.rows),
+        )
         if not state.shared.all() and not state.shared[progress.history].all():
             length = 0  # the draft model cannot read this text
         state.pace.asked(drafts, length)
@@ -249,6 +253,8 @@ class _DraftModel:
         self, state: _State, drafting: Drafting, out: Output, rng: Rng
     ) -> tuple[_State, Step]:
         state = replace(state, rows=drafting.rows)
+        if drafting.drafted == 0:
+            state.pace.fed()
         drafting, ask = draft_model.grow(drafting, out, self.chain, rng, state.shared)
         if ask is not None:
             return replace(state, drafting=drafting), Step(ask={"draft": ask})

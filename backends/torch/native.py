@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,14 +172,20 @@ class NativeModel(TorchModel):
         kept = choose_layers(layers, self.config.layers, model=self.info.name)
         if "layers" in self.info.extra:
             raise UsageError(f"{self.info.name}: choose among the layers of the whole model")
+        if kept is None:
+            return copy.copy(self)
+        small, info = self.only(kept), self.info
+        facts: Any = kept_facts(info.name, info.fingerprint, info.extra, kept)
+        small.info = replace(small.info, **facts)
+        small.options = {**self.options, "layers": layers}
+        return small
+
+    def only(self, kept: Sequence[int]) -> NativeModel:
+        """Return a copy with these layers, whose name does not tell."""
         small = copy.copy(self)
-        if kept is not None:
-            info = self.info
-            facts: Any = kept_facts(info.name, info.fingerprint, info.extra, kept)
-            small.info = replace(info, layers=len(kept), **facts)
-            small.options = {**self.options, "layers": layers}
-            small.config = replace(self.config, layers=len(kept))
-            small._layers = [self._layers[i] for i in kept]
+        small.info = replace(self.info, layers=len(kept))
+        small.config = replace(self.config, layers=len(kept))
+        small._layers = [self._layers[i] for i in kept]
         return small
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from steersman.core.objectives import binary_cross_entropy
 from steersman.core.routing import RouterShape, choose_threshold, init_weights, router_logits
 from steersman.core.routing.threshold import Threshold
 
+from .load import set_threads
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterTraining:
@@ -79,6 +81,7 @@ def train_router(
     settings: RouterTraining,
     *,
     device: str = "cpu",
+    threads: int | None = None,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> TrainedRouter:
     """Train a router.
@@ -94,6 +97,8 @@ def train_router(
     shape : RouterShape
     settings : RouterTraining
     device : str
+    threads : int, optional
+        CPU threads; ``$STEERSMAN_THREADS`` or torch's choice if None.
     progress : callable, optional
         Called with (epoch, training loss, validation loss) at every validation.
 
@@ -104,6 +109,7 @@ def train_router(
     """
     if set(np.unique(labels)) != {0, 1}:
         raise InvalidInput("router: needs tokens with label 0 and with label 1; add texts")
+    set_threads(threads)
     held = _held_out(texts, settings)
     place = torch.device(device)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -195,11 +195,21 @@ class Budget:
             self._since_plain += 1
 
     @property
+    def _slack(self) -> float:
+        """Seconds that the text may still lose against plain decoding."""
+        plain = self.curve.seconds(1) or 0.0
+        return _SHARE * self._elapsed + _GRACE * plain - self._lost
+
+    @property
     def floor(self) -> float:
-        """The least mean probability of acceptance at which any width could pay; 0 if unknown."""
+        """The least mean probability of acceptance at which any width could pay; 1 if none can."""
         plain = self.curve.seconds(1)
-        if not self.adaptive or plain is None or self.curve.widest <= 1:
+        if not self.adaptive or plain is None:
             return 0.0
+        if self.curve.widest <= 1:
+            return _OPTIMISM
+        if (self._relative(2, plain) - 1) * plain > self._slack:
+            return 1.0
         widths = [w for w in WIDTHS if w <= max(_FIRST, 2 * self.curve.widest)]
         return min((self._relative(w, plain) - 1) / (w - 1) for w in widths)
 
@@ -218,7 +228,7 @@ class Budget:
         if plain is None or self._plain_rounds < 2 or self._since_plain >= _STALE:
             return 0
         reach = max(_FIRST, 2 * self.curve.widest)
-        slack = _SHARE * self._elapsed + _GRACE * plain - self._lost
+        slack = self._slack
         best, most, hopeful, hope = 0, _MARGIN, 0, _HOPE
         total, at, dear = 1.0, 0, False
         for width in sorted({*WIDTHS, len(gains) + 1}):

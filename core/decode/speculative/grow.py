@@ -56,14 +56,14 @@ class Draft:
 
 NOTHING = Draft()
 
-Order = Callable[[Probs], tuple[Sequence[int], Sequence[float]]]
+Order = Callable[[Sequence[float]], tuple[Sequence[int], Sequence[float]]]
 """From an entry's probabilities (scaled to sum to 1) to the places of its tokens in the order in
 which they are proposed, and how likely each is to be the next token."""
 
 
-def likeliest(probs: Probs) -> tuple[Sequence[int], Sequence[float]]:
+def likeliest(probs: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
     """Propose the likeliest tokens first."""
-    return range(len(probs)), probs.tolist()
+    return range(len(probs)), probs
 
 
 def drawn(uniforms: Probs) -> Order:
@@ -81,8 +81,8 @@ def drawn(uniforms: Probs) -> Order:
     """
     rows = iter(uniforms)
 
-    def order(probs: Probs) -> tuple[Sequence[int], Sequence[float]]:
-        places = gumbel_order(probs, next(rows)[: len(probs)]).tolist()
+    def order(probs: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+        places = gumbel_order(np.array(probs), next(rows)[: len(probs)]).tolist()
         return places, [0.7 * 0.3**i for i in range(len(places))]
 
     return order
@@ -134,11 +134,11 @@ def grow(
         hit = table.find(context) if at < depth else None
         if hit is None:
             return
-        probs = np.array(hit.entry.probs)
-        probs /= probs.sum()
+        total = sum(hit.entry.probs)
+        probs = [p / total for p in hit.entry.probs]
         places, scores = order(probs)
         if sources:
-            kept[node] = (np.array(hit.entry.tokens, np.int64), probs)
+            kept[node] = (np.array(hit.entry.tokens, np.int64), np.array(probs))
         known = (hit.length, min(hit.entry.seen, _SURE))
         family = _Family(node, gain, context, at, hit.entry, places, scores, known)
         push(family, 0)

@@ -96,7 +96,10 @@ def cut_texts(data: Path) -> list[tuple[str, str, str]]:
 
 
 def gaps(data: Path) -> list[tuple[str, str, str]]:
-    """Return (kind, prefix, middle) of HumanEval's random spans and of lines cut in the middle."""
+    """Return (kind, prefix, middle) of HumanEval's random spans and of lines cut in the middle.
+
+    Prefixes are the last 600 characters at most, from a line's start on.
+    """
     rng = random.Random(ORDER_SEED)
     files = {
         "random span": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
@@ -117,7 +120,8 @@ def gaps(data: Path) -> list[tuple[str, str, str]]:
                 at = rng.randrange(body + 1, len(middle.rstrip()) - 2)
                 prefix, middle = prefix + middle[:at], middle[at:]
             if middle.strip():
-                kinds[kind].append((kind, prefix, middle))
+                begin = prefix.find("\n", len(prefix) - 600) + 1 if len(prefix) > 600 else 0
+                kinds[kind].append((kind, prefix[begin:], middle))
     return [pair for both in zip(*kinds.values(), strict=False) for pair in both]
 
 
@@ -131,8 +135,8 @@ def passages(data: Path) -> list[tuple[str, str, str]]:
     for number in range(min(map(len, kinds.values()))):
         for kind, texts in kinds.items():
             raw = texts[number]
-            at = min(200, len(raw) // 2)
-            found.append((kind, raw[:at], raw[at : at + 80]))
+            at = min(160, len(raw) // 2)
+            found.append((kind, raw[:at], raw[at : at + 48]))
     return found
 
 
@@ -183,7 +187,7 @@ def infill(model: Model, seed: int, prompt: Any, arm: str, args: Any) -> dict[st
     ids, data = encode_prompt(model.tokenizer, before), middle.encode()[:16]
     values = bits(byte_logprobs(model, ids, data, settings=settings_of(arm)))
     line = next((part for part in middle.split("\n") if part.strip()), "")
-    text, _ = continuation(model, before, arm, min(32, 8 + len(line) // 2))
+    text, _ = continuation(model, before, arm, min(24, 6 + len(line) // 3))
     written = next((part for part in text.split("\n") if part.strip()), "")
     # A span may end within a line: then its beginning has to be right.
     whole = "\n" in middle

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -147,17 +147,28 @@ def sums(values: FloatArray, edges: IntArray, low: int) -> FloatArray:
 
 
 class PerTokenizer:
-    """Remembers one value per tokenizer, for as long as the tokenizer lives."""
+    """Remembers what was built for the last few tokenizers, for all threads.
 
-    def __init__(self, build: Any) -> None:
+    Parameters
+    ----------
+    build : callable
+        From a tokenizer to the value; the value may hold the tokenizer.
+    most : int
+        How many are kept; the one not asked for the longest goes first.
+    """
+
+    def __init__(self, build: Any, most: int = 4) -> None:
         self._build = build
-        self._held: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
+        self._most = most
+        self._held: list[tuple[Tokenizer, Any]] = []
+        self._lock = threading.Lock()
 
     def __call__(self, tokenizer: Tokenizer) -> Any:
-        found = self._held.get(tokenizer)
-        if found is None:
-            found = self._held[tokenizer] = self._build(tokenizer)
-        return found
+        with self._lock:
+            at = next((i for i, (t, _) in enumerate(self._held) if t is tokenizer), None)
+            entry = (tokenizer, self._build(tokenizer)) if at is None else self._held.pop(at)
+            self._held = [entry, *self._held[: self._most - 1]]
+            return entry[1]
 
 
 @lru_cache(maxsize=1024)

@@ -180,7 +180,7 @@ def r2r(
             facts = {r: models[r].info.fingerprint for r in ("small", "target")}
         router, history = _train(
             dataset, facts, labels, width, blocks, epochs, batch, learning_rate, recall, seed,
-            train_device,
+            train_device, model_args.threads,
         )  # fmt: skip
         _save(router, history, out, envelope)
 
@@ -215,6 +215,7 @@ def _train(
     recall: float,
     seed: int,
     device: str,
+    threads: int | None,
 ) -> tuple[Router, list[tuple[int, float, float]]]:
     from steersman.core.backend import trainer
     from steersman.core.routing import Router, RouterShape
@@ -232,7 +233,7 @@ def _train(
     with output.progress(2 * epochs, label="train", unit="validation") as bar:
         found = module.train_router(
             dataset.top_logits, dataset.hidden, dataset.embedding, dataset.labels, dataset.texts,
-            shape, settings, device=device, progress=lambda *_: bar.update(),
+            shape, settings, device=device, threads=threads, progress=lambda *_: bar.update(),
         )  # fmt: skip
     router = Router(
         shape=shape,

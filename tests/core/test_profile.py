@@ -26,7 +26,7 @@ from steersman.core.profile import (
 from steersman.core.profile_build import from_document
 
 # A foreign function, which only Python can give.
-BUILT_BY_NAME = sorted(set(STAGES) - {"processor"}, key=lambda s: s == "mirostat")
+BUILT_BY_NAME = sorted(set(STAGES) - {"processor"}, key=lambda s: (s == "mirostat", s))
 
 GOOD = """\
 description: >

@@ -237,14 +237,15 @@ def report(name: str, records: Sequence[Record], prompts: Sequence[Any]) -> None
         rows.append(row)
     header = [f"{figure}, {arm}" for figure in figures[1:] or figures for arm in arms]
     show(f"{name} by kind", ("kind", "prompts", *header), rows)
+    print()
+    for figure in figures:
+        last, middle = (column(records, arm, figure) for arm in (arms[2], arms[1]))
+        away = interval([v - middle[p] for p, v in last.items() if p in middle])
+        print(f"{arms[2]} - {arms[1]}, {figure}: {away}")
     if name == "ensemble":
-        best = {
-            r["prompt"]: min(column(records, arm, "bits per byte")[r["prompt"]] for arm in arms[:2])
-            for r in records
-        }
-        both = column(records, "both", "bits per byte")
-        away = interval([both[p] - b for p, b in best.items() if p in both])
-        print(f"\nboth - the better of the two, prompt by prompt: {away}")
+        one, two, both = (column(records, arm, "bits per byte") for arm in arms)
+        better = [v - min(one[p], two[p]) for p, v in both.items() if p in one and p in two]
+        print(f"both - the better of the two, prompt by prompt: {interval(better)}")
     for figure in ("calls", "rows", "left out", "unchecked"):
         if any(figure in r["figures"] for r in records):
             means = [

@@ -146,7 +146,7 @@ class Covers:
 
     # -- calls -------------------------------------------------------------------------------
 
-    def missing(self, *, law: bool = True) -> tuple[Tokens, ...]:
+    def missing(self, *, law: bool = True, whole: bool = False) -> tuple[Tokens, ...]:
         """Return the left parts to evaluate next, in one call; none when enough is known.
 
         Parameters
@@ -154,6 +154,8 @@ class Covers:
         law : bool
             True: for the next byte. False: for drawing a cover, which needs nothing of what
             follows the tail's end.
+        whole : bool
+            Leave nothing out, however little it holds.
         """
         end = len(self.tail)
         waiting = [p for p in self.pending if law or p.begin < end]
@@ -163,7 +165,7 @@ class Covers:
         known, _ = self._mass()
         waiting.sort(key=lambda part: -part.weight)
         rest = sum(self.share(part, reference) for part in waiting)
-        allowed = self.settings.negligible * (known + rest)
+        allowed = 0.0 if whole else self.settings.negligible * (known + rest)
         chosen: list[Pending] = []
         for part in waiting:
             if rest <= allowed or len(chosen) == self.settings.rows:

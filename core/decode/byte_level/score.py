@@ -17,6 +17,7 @@ from .law import mixture
 from .parts import Law, Settings
 from .vocabulary import FloatArray
 
+_SURE = 30  # times more probable than what is left out, and a byte's own figure is close enough
 NEEDS = Capability.LAST_LOGITS | Capability.ROLLBACK
 FORKS = Capability.ROWS | Capability.FORK
 
@@ -26,9 +27,9 @@ def needs_of(settings: Settings) -> Capability:
     return NEEDS | FORKS if settings.rows > 1 else NEEDS
 
 
-def evaluated(covers: Covers, session: Session, *, law: bool = True) -> Covers:
-    """Return the covers after all calls that the next law (or a draw of a cover) needs."""
-    while sequences := covers.missing(law=law):
+def evaluated(covers: Covers, session: Session, *, law: bool = True, whole: bool = False) -> Covers:
+    """Return the covers after all calls that :meth:`.covers.Covers.missing` names."""
+    while sequences := covers.missing(law=law, whole=whole):
         size = len(covers.history) + max(map(len, sequences))
         if size > session.context:
             raise UsageError(f"byte_level: {size} tokens do not fit into {session.context}")
@@ -54,6 +55,25 @@ def symbols_of(covers: Covers, *, ends_only: bool) -> tuple[FloatArray, Law, Cov
         ends = np.isin(covers.text.vocabulary.specials, sorted(covers.text.tokenizer.eos_ids))
         specials = np.array([specials[ends].sum()])
     return np.concatenate([law.bytes, specials]), law, covers
+
+
+def _about(
+    covers: Covers, session: Session, byte: int, ends_only: bool
+) -> tuple[FloatArray, Law, Covers]:
+    """Return the law of the next byte, with nothing left out where ``byte`` is improbable.
+
+    A law is off by ``left_out`` at most in all, which says little about a single byte of less
+    probability: all that can be followed by it may have been left out.
+    """
+    covers = evaluated(covers, session)
+    symbols, law, covers = symbols_of(covers, ends_only=ends_only)
+    if symbols[byte] < _SURE * law.left_out:
+        covers = evaluated(covers, session, whole=True)
+        symbols, law, covers = symbols_of(covers, ends_only=ends_only)
+    if symbols.sum() == 0:
+        covers = evaluated(covers.fallback(), session)
+        symbols, law, covers = symbols_of(covers, ends_only=ends_only)
+    return symbols, law, covers
 
 
 def byte_logprobs(
@@ -103,11 +123,7 @@ def byte_logprobs(
         for at, byte in enumerate(data):
             laws = []
             for i, session in enumerate(sessions):
-                covers[i] = evaluated(covers[i], session)
-                symbols, law, covers[i] = symbols_of(covers[i], ends_only=len(several) > 1)
-                if symbols.sum() == 0:
-                    covers[i] = evaluated(covers[i].fallback(), session)
-                    symbols, law, covers[i] = symbols_of(covers[i], ends_only=len(several) > 1)
+                symbols, law, covers[i] = _about(covers[i], session, byte, len(several) > 1)
                 left_out = max(left_out, law.left_out)
                 unchecked = max(unchecked, law.unchecked)
                 laws.append(symbols)

@@ -188,6 +188,17 @@ def test_what_is_left_out_stays_below_the_bound() -> None:
             assert away <= rough.left_out + rough.unchecked + 1e-12
 
 
+def test_an_improbable_byte_is_looked_at_more_closely() -> None:
+    """What a law may leave out is small against its sum, not against a single byte."""
+    for seed in (1, 3, 7):
+        model = random_model(seed)
+        bos = [model.tokenizer.bos_id or 0]
+        for text in list(model.source.texts)[::53]:
+            exact = byte_logprobs(model, bos, text, settings=EXACT)
+            rough = byte_logprobs(model, bos, text, settings=Settings(negligible=0.02))
+            np.testing.assert_allclose(rough, exact, atol=0.04)
+
+
 def test_a_vocabulary_of_bytes_has_one_cover() -> None:
     tokenizer = BpeTokenizer(b"abc", [])
     source = ByteSource(b"abc", 5, 0.1, np.random.default_rng(1))

@@ -52,6 +52,9 @@ class FirstTraining:
         Examples per pass and passes per update.
     lora_rank, lora_alpha : int
         Rank 0 trains all weights.
+    last_layers : int, optional
+        Train only that many of the last layers (and, without LoRA, the final norm and the head
+        that is not tied); the backward pass ends at the first of them. All if None.
     neftune : float
         Noise on the embeddings in training, the paper's is 5; 0 is none.
     checkpointing : bool
@@ -73,6 +76,7 @@ class FirstTraining:
     accumulation: int = 8
     lora_rank: int = 16
     lora_alpha: int = 32
+    last_layers: int | None = None
     neftune: float = 0.0
     checkpointing: bool = False
     save_every: int = 25
@@ -81,8 +85,8 @@ class FirstTraining:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UsageError(f"--loss {self.loss!r}: must be one of {', '.join(LOSSES)}")
-        for name in ("steps", "batch", "accumulation", "save_every"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "batch", "accumulation", "save_every", "last_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
     @property
@@ -142,13 +146,30 @@ def open_trainable(folder: Path, settings: FirstTraining) -> Any:
                 r=settings.lora_rank,
                 lora_alpha=settings.lora_alpha,
                 target_modules=TARGETS,
+                layers_to_transform=_last_layers(model, settings),
                 task_type="CAUSAL_LM",
             ),
         )
+    elif settings.last_layers is not None:
+        kept = {f"layers.{i}." for i in _last_layers(model, settings) or ()}
+        embeddings = model.get_input_embeddings().weight
+        for name, parameter in model.named_parameters():
+            inside = any(part in name for part in kept)
+            outside = ".layers." not in name and parameter is not embeddings
+            parameter.requires_grad_(inside or outside)
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+def _last_layers(model: Any, settings: FirstTraining) -> list[int] | None:
+    if settings.last_layers is None:
+        return None
+    total = int(model.config.num_hidden_layers)
+    if settings.last_layers > total:
+        raise UsageError(f"--last-layers {settings.last_layers}: the model has {total}")
+    return list(range(total - settings.last_layers, total))
 
 
 def first_loss(

@@ -25,7 +25,8 @@ COMMANDS: Mapping[str, str] = {
     "score": "Log-probability of every token of a text; perplexity.",
     "rerank": "Order passages by how well they answer a query.",
     "eval": "Measure a ranking against relevance judgements.",
-    "train": "Train what a method needs: a router (on torch).",
+    "verify": "Judge finished traces by the model's hidden states (CLUE).",
+    "train": "Train what a method needs: a reranker, a router (on torch).",
     "slop": "Find over-used words and phrases; make a ban list.",
     "models": "List models: known, installed, cached.",
     "profiles": "List, show, check, compare and create profiles.",
@@ -42,7 +43,8 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "prompt": ("show",),
     "trace": ("show", "stats"),
     "slop": ("profile",),
-    "train": ("r2r",),
+    "verify": ("fit", "score", "rerank"),
+    "train": ("r2r", "first"),
 }
 
 

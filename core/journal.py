@@ -1,0 +1,119 @@
+"""Results as JSON lines that a kill cannot damage: one synced line each, a stopped job goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+from .errors import InvalidInput, MissingFile, UsageError
+from .strict_json import parse_json, to_json
+
+KEY = "made_with"
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Return a short digest of everything that a job's results depend on."""
+    return hashlib.sha256(to_json(dict(sorted(settings.items()))).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Append-only JSON lines, one per finished item, each on disk before the next one starts.
+
+    Opening a file that an earlier run of the same job left goes on with it; a last line that a kill
+    left half-written is cut off.
+
+    Parameters
+    ----------
+    path : Path
+    settings : mapping
+        What the results are made with; a digest of it stands in each line.
+    overwrite : bool
+        Start anew if ``path`` exists.
+
+    Attributes
+    ----------
+    done : set of str
+        ``id`` of every record.
+
+    Raises
+    ------
+    InvalidInput
+        The file was made with other settings, or holds something else.
+    UsageError
+        Another process is writing it.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        self._key = settings_key(settings)
+        try:
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+        except OSError as error:
+            raise MissingFile(f"{path}: cannot be written: {error.strerror or error}") from None
+        try:
+            _lock(self._file, path)
+            if overwrite:
+                self._file.truncate(0)
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _recover(self) -> None:
+        good = 0
+        for number, line in enumerate(iter(self._file.readline, b""), start=1):
+            if not line.endswith(b"\n"):
+                break  # killed while writing it: this item is done again
+            where = f"{self.path}:{number}"
+            record = parse_json(line.decode(errors="replace"), where)
+            if not isinstance(record, dict) or KEY not in record or "id" not in record:
+                raise InvalidInput(f"{where}: not a result of this command; choose another file")
+            if record[KEY] != self._key:
+                raise InvalidInput(
+                    f"{where}: made with other input, model or settings; use them again, "
+                    "choose another file or give --overwrite"
+                )
+            self.done.add(str(record["id"]))
+            good += len(line)
+        self._file.truncate(good)
+        self._file.seek(good)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record, which has an ``id``, and wait until it is on disk."""
+        text = json.dumps({**record, KEY: self._key}, ensure_ascii=False, allow_nan=False)
+        self._file.write(text.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done.add(str(record["id"]))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield every record, in the order they were written."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield parse_json(line.decode(), f"{self.path}:{number}")
+
+    def close(self) -> None:
+        """Close the file and let others write it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this platform
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"{path}: another process is writing it") from None

@@ -1,0 +1,117 @@
+"""Named arrays with facts in one safetensors file that says what it is; written whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidInput, MissingDependency, MissingFile
+
+Arrays = dict[str, npt.NDArray[Any]]
+MAX_BYTES, MAX_HEADER = 1 << 30, 4 << 20
+
+
+def save_tensors(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any], *, kind: str
+) -> None:
+    """Write ``arrays`` and ``facts``; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    arrays : mapping of name to array
+    facts : mapping
+        JSON-able.
+    kind : str
+        What the file is, such as "clue 1"; a reader asks for the same.
+    """
+    safetensors = _safetensors()
+    meta = {"format": f"steersman-{kind}", "facts": json.dumps(dict(facts))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        contiguous = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+        safetensors.numpy.save_file(contiguous, part, metadata=meta)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+def read_tensors(path: Path, *, kind: str, made_by: str) -> tuple[Arrays, dict[str, Any]]:
+    """Return the arrays and facts of a file that :func:`save_tensors` wrote.
+
+    Parameters
+    ----------
+    path : Path
+    kind : str
+    made_by : str
+        Command that makes such files, for the message.
+
+    Raises
+    ------
+    MissingFile, InvalidInput
+        No such file; another kind of file; damaged; numbers that are not finite. One line.
+    MissingDependency
+        safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    _check_size(path, made_by)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            meta = file.metadata() or {}
+            found = str(meta.get("format"))
+            if found != f"steersman-{kind}":
+                raise InvalidInput(
+                    f"{path}: format {found!r}, expected 'steersman-{kind}' (made by {made_by})"
+                )
+            facts = json.loads(meta.get("facts", ""))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except InvalidInput:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as exc:
+        raise InvalidInput(f"{path}: damaged: {exc}") from None
+    except Exception as exc:  # safetensors' own error type
+        raise InvalidInput(f"{path}: not a safetensors file: {exc}") from None
+    if not isinstance(facts, dict):
+        raise InvalidInput(f"{path}: damaged: its facts are no object")
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise InvalidInput(f"{path}: {name}: holds numbers that are not finite")
+    return arrays, facts
+
+
+def _check_size(path: Path, made_by: str) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: no such file; make one with {made_by}") from None
+    except OSError as exc:
+        raise InvalidInput(f"{path}: cannot be read: {exc.strerror}") from None
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if size > MAX_BYTES or not 0 < header <= min(MAX_HEADER, size):
+        raise InvalidInput(
+            f"{path}: not a file of {made_by}: {size} bytes with a header of {header}"
+        )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise MissingDependency(
+            "safetensors: not installed; run: pip install safetensors"
+        ) from None
+    return safetensors

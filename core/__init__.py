@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .profile import list_profiles as list_profiles
     from .profile import load_profile as load_profile
     from .reranking import rerank as rerank
+    from .retrieval import build_index as build_index
+    from .retrieval import open_index as open_index
+    from .retrieval import search as search
     from .roles import load_roles as load_roles
 
 _HOMES = {
@@ -40,6 +43,9 @@ _HOMES = {
     "load_profile": "profile",
     "load_roles": "roles",
     "rerank": "reranking",
+    "build_index": "retrieval",
+    "open_index": "retrieval",
+    "search": "retrieval",
 }
 
 __all__ = sorted(_HOMES)

@@ -319,8 +319,8 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.weights
 def test_real_states_do_not_depend_on_how_they_were_come_by(engine_model: Any) -> None:
     """A teacher-forced pass gives what capture during generation gives."""
-    model, rule = engine_model, TraceRule(span="response", chat=True)
-    ids = encode_trace(model.tokenizer, "What is 2 + 2?", "2 + 2 = 4, so the answer is 4.", rule)
+    model, rule = engine_model, TraceRule(span="response")
+    ids = encode_trace(model.tokenizer, "What is 2 + 2?", " It is 4, of course.", rule)
     span = rule.locate(model.tokenizer, *ids)
     assert span is not None
     with DeltaReader(model, rule) as reader:

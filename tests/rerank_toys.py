@@ -48,6 +48,7 @@ class JudgeModel(Model):
         context: int = 100_000,
         capabilities: Capability = ~Capability.NONE,
         tokenizer: ToyTokenizer | None = None,
+        batch_invariant: bool = True,
         bias: Callable[[int], float] = lambda j: 0.0,
         answer: Callable[[list[str]], str] = spell,
     ) -> None:
@@ -57,6 +58,7 @@ class JudgeModel(Model):
         self.answer = answer
         self.prompts: list[str] = []  # what was read, once per request for logits
         self.tokens_run = 0
+        self.calls = 0
         self.info = ModelInfo(
             name="judge",
             backend="toy",
@@ -70,7 +72,7 @@ class JudgeModel(Model):
             vocab_size=self.tokenizer.vocab_size,
             context=context,
             trained_context=context,
-            batch_invariant=True,
+            batch_invariant=batch_invariant,
             fingerprint="judge-1",
         )
 
@@ -121,12 +123,18 @@ class _JudgeSession(Session):
         model = self.model
         assert isinstance(model, JudgeModel)
         model.tokens_run += int(plan.counts.sum())
+        model.calls += plan.width > 0
         if plan.logits == "none":
             return Output()
-        kept = self.row_tokens()[: plan.base[0]]
-        text = model.text(np.concatenate([kept, plan.tokens[0]]))
-        model.prompts.append(text)
-        return Output(logits=model.logits(text)[None])
+        logits = np.zeros((plan.batch, model.tokenizer.vocab_size), np.float32)
+        for row, count in enumerate(plan.counts):
+            if count:
+                kept = self.row_tokens(int(plan.rows[row]))[: plan.base[row]]
+                text = model.text(np.concatenate([kept, plan.tokens[row, :count]]))
+                if plan.batch == 1 or text.endswith("["):
+                    model.prompts.append(text)
+                logits[row] = model.logits(text)
+        return Output(logits=logits)
 
 
 def merging_tokenizer() -> ToyTokenizer:

@@ -11,11 +11,16 @@ from ..chat import encode_chat
 from ..errors import InvalidInput
 from ..model import Tokenizer
 from .identifiers import Identifiers, find_identifiers
+from .pieces import Assembler
 from .prompt import Prompt, merge_system
 
 
 class PromptEncoder:
     """Encodes windows for one tokenizer.
+
+    Passages are tokenised once and prompts put together from the parts, where the tokenizer is
+    found to keep the parts apart (:mod:`.pieces`); else every prompt is encoded whole. The ids are
+    the same. May be used by several threads at once.
 
     Parameters
     ----------
@@ -34,17 +39,35 @@ class PromptEncoder:
 
     def encode(self, query: str, passages: Sequence[str], *, max_words: int) -> list[int]:
         """Return the ids of a prompt, with the assistant's turn open and ``[`` in it."""
+        ids = self._assembler.encode(query, passages, max_words=max_words)
+        if ids is None:
+            return self.encode_whole(query, passages, max_words=max_words)
+        return [*ids, *self.identifiers.opening]
+
+    def encode_whole(self, query: str, passages: Sequence[str], *, max_words: int) -> list[int]:
+        """Return what :meth:`encode` returns, from the text of the whole prompt."""
         messages = self.prompt.messages(query, passages, max_words=max_words)
         return [*self._encode_chat(messages), *self.identifiers.opening]
 
+    def warm(self, query: str, passages: Sequence[str], *, window: int, max_words: int) -> None:
+        """Tokenise the parts of a query's windows before they are asked for."""
+        self._assembler.warm(query, passages, window=window, max_words=max_words)
+
+    @cached_property
+    def _assembler(self) -> Assembler:
+        return Assembler(self.tokenizer, self.prompt, self._encode_chat, self._turns)
+
     def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
-            # A base model: the same text without turns.
             text = "".join(message["content"] + "\n" for message in messages)
             return [int(i) for i in encode_prompt(self.tokenizer, text)]
-        if not self._system_role:
-            messages = merge_system(messages)
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, self._turns(messages))
+
+    def _turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Return the messages with the roles that the template knows."""
+        if self.tokenizer.chat_template is None or self._system_role:
+            return messages
+        return merge_system(messages)
 
     @cached_property
     def _system_role(self) -> bool:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..errors import UsageError
 from ..model import Capability
 from ..ops import log_softmax
-from .reader import Comparison, WindowReader
+from .reader import Comparison, Steps, WindowReader
 
 Floats = npt.NDArray[np.float64]
 
@@ -83,25 +83,29 @@ class First:
         passages : sequence of str (w,)
             2 <= w <= 26, in their present order.
         """
+        return reader.drive(self.steps(reader, query, passages))
+
+    def steps(self, reader: WindowReader, query: str, passages: Sequence[str]) -> Steps[Comparison]:
+        """Order one window, asking for logits instead of calling the model."""
         size = len(passages)
         if self.logit_kind == "logit":
-            scores = self._scores(reader, query, passages)
+            scores = yield from self._scores(reader, query, passages)
         else:
             prior = np.zeros(size)
             if self.content_free:
-                prior = log_softmax(self._scores(reader, query, ["N/A"] * size))
+                prior = log_softmax((yield from self._scores(reader, query, ["N/A"] * size)))
             total = np.zeros(size)
             turns = min(self.permutations, size)
             for turn in range(turns):
                 # Letter j stands for the passage at place shown[j].
                 start = turn * size // turns
                 shown = [*range(start, size), *range(start)]
-                row = self._scores(reader, query, [passages[i] for i in shown])
+                row = yield from self._scores(reader, query, [passages[i] for i in shown])
                 total[shown] += log_softmax(row) - prior
             scores = total / turns
         return Comparison(order=order_by_score(scores), scores=tuple(scores.tolist()))
 
     @staticmethod
-    def _scores(reader: WindowReader, query: str, passages: Sequence[str]) -> Floats:
-        logits = reader.read(reader.fit(query, passages, reserve=0))
+    def _scores(reader: WindowReader, query: str, passages: Sequence[str]) -> Steps[Floats]:
+        logits = yield reader.fit(query, passages, reserve=0)
         return reader.letter_logits(logits, len(passages))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..array import array_namespace
 from ..model import Capability
 from .identifiers import LETTERS
-from .reader import Comparison, WindowReader
+from .reader import Comparison, Steps, WindowReader
 
 _BRACKETED = re.compile(r"\[\s*([A-Z])\s*\]")
 _ALONE = re.compile(r"\b([A-Z])\b")
@@ -69,13 +69,17 @@ class Generate:
 
     def compare(self, reader: WindowReader, query: str, passages: Sequence[str]) -> Comparison:
         """Order one window of 2..26 passages; see :meth:`First.compare`."""
+        return reader.drive(self.steps(reader, query, passages))
+
+    def steps(self, reader: WindowReader, query: str, passages: Sequence[str]) -> Steps[Comparison]:
+        """Order one window, asking for logits instead of calling the model."""
         size = len(passages)
         tokenizer = reader.model.tokenizer
         limit = self.max_tokens
         if limit is None:
             full = " > ".join(f"[{letter}]" for letter in LETTERS[:size])
             limit = len(tokenizer.encode(full)) + 8
-        logits = reader.read(reader.fit(query, passages, reserve=limit))
+        logits = yield reader.fit(query, passages, reserve=limit)
         answer = bytearray(b"[")
         named: set[str] = set()
         for step in range(limit):
@@ -88,7 +92,7 @@ class Generate:
             if len(named & set(LETTERS[:size])) == size or step + 1 == limit:
                 reader.counters.generated_tokens += 1
                 break
-            logits = reader.append(token)
+            logits = yield token
         response = answer.decode(errors="replace")
         order, malformed = parse_permutation(response, size)
         reader.counters.malformed += malformed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import IO, Any, Self
 import numpy as np
 
 from ..decode.rng import Rng
-from ..errors import Cancelled, InvalidInput, MissingFile, SteersmanError, UsageError
+from ..errors import InvalidInput, MissingFile, SteersmanError, UsageError
 from ..model import ModelInfo
+from .batch import ahead, rank_each
 from .io import Request, dump_line, parse_json, result_record
 from .ranking import Ranking
-from .reranker import Cancel, Reranker, WindowCall
+from .reranker import Cancel, Reranker, WindowCall, poll
 from .trec import write_run
 
 Settings = dict[str, Any]
@@ -285,8 +286,10 @@ def run_job(
     cancel: Cancel | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_call: Callable[[Request, WindowCall], None] | None = None,
+    batch_size: int = 1,
+    tokenise_ahead: bool = False,
 ) -> Iterator[Outcome]:
-    """Rank queries one after the other and yield what became of each.
+    """Rank queries and yield what became of each, in the order of the requests.
 
     A query that fails (its window does not fit the context, the engine gives no finite logits) is
     yielded with its error and the job goes on; it has no record, so a resume tries it again.
@@ -304,38 +307,44 @@ def run_job(
         As in :meth:`Reranker.rank`; ``progress`` counts the windows of one query.
     on_call : callable, optional
         Called with the request and each compared window.
+    batch_size : int
+        Queries whose windows share the model's calls, where it takes several rows.
+    tokenise_ahead : bool
+        Read the next requests, ``batch_size`` of them, and tokenise them while the model runs.
 
     Raises
     ------
     Cancelled
         After the last finished query was recorded.
     """
-    for request in requests:
-        if log is not None and request.qid in log.done:
-            yield Outcome(request=request)
-            continue
 
-        def report(call: WindowCall, request: Request = request) -> None:
-            if on_call is not None:
-                on_call(request, call)
+    def skip(request: Request) -> bool:
+        return log is not None and request.qid in log.done
 
-        try:
-            ranking = reranker.rank(
-                request.query,
-                [c.text for c in request.candidates],
-                docids=[c.docid for c in request.candidates],
-                scores=request.scores(),
-                top_k=top_k,
-                cancel=cancel,
-                progress=progress,
-                on_call=report,
-            )
-        except Cancelled:
-            raise
-        except SteersmanError as error:
-            yield Outcome(request=request, error=error)
-            continue
-        record = result_record(request, ranking)
-        if log is not None:
-            log.append(record)
-        yield Outcome(request=request, ranking=ranking, record=record)
+    if tokenise_ahead:
+        requests = ahead(reranker, requests, depth=batch_size, skip=skip)
+    ranked = rank_each(
+        reranker,
+        requests,
+        rows=batch_size,
+        skip=skip,
+        top_k=top_k,
+        cancelled=poll(cancel),
+        progress=progress,
+        on_call=on_call,
+    )
+    try:
+        for request, found in ranked:
+            if found is None:
+                yield Outcome(request=request)
+            elif isinstance(found, SteersmanError):
+                yield Outcome(request=request, error=found)
+            else:
+                record = result_record(request, found)
+                if log is not None:
+                    log.append(record)
+                yield Outcome(request=request, ranking=found, record=record)
+    finally:
+        for source in (ranked, requests):
+            if isinstance(source, Generator):
+                source.close()

@@ -42,6 +42,16 @@ def cut_words(text: str, limit: int) -> str:
     return text if len(words) <= limit else " ".join(words[:limit])
 
 
+def shorten(text: str, max_words: int) -> str:
+    """Return the beginning of a raw text, enough for ``max_words`` words of a usual length.
+
+    A passage of many megabytes costs no more than one of a page, even without a blank in it: 64
+    characters per word are kept, and some more. Shorter texts come back as they are.
+    """
+    limit = 64 * (max_words + 64)
+    return text if len(text) <= limit else " ".join(text[: 8 * limit].split())[:limit]
+
+
 def count_words(text: str) -> int:
     """Return the number of blank-separated words of a sanitised text."""
     return text.count(" ") + 1 if text else 0
@@ -102,11 +112,19 @@ class Prompt:
         max_words : int
             Words kept of each passage, at least 0.
         """
-        shared = {"num": str(len(passages)), "query": sanitise(query)}
         lines = [
-            _fill(self.passage, {"letter": letter, "text": cut_words(sanitise(text), max_words)})
+            self.line(letter, cut_words(sanitise(text), max_words))
             for letter, text in zip(LETTERS, passages)
         ]
+        return self.around(query, len(passages), lines)
+
+    def line(self, letter: str, text: str) -> str:
+        """Return the line of one passage, whose text is sanitised and cut already."""
+        return _fill(self.passage, {"letter": letter, "text": text})
+
+    def around(self, query: str, num: int, lines: Sequence[str]) -> list[dict[str, str]]:
+        """Return the messages that hold ``lines``, for a window of ``num`` passages."""
+        shared = {"num": str(num), "query": sanitise(query)}
         user = "\n".join([_fill(self.opening, shared), *lines, _fill(self.closing, shared)])
         system = _fill(self.system, shared)
         return [

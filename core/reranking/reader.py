@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,9 +15,13 @@ from ..decode.sessions import reuse_prefix
 from ..errors import BackendError, Cancelled, ContextOverflow, UsageError
 from ..model import Capability, Forward, IntArray, Model, Session
 from .encoding import PromptEncoder
-from .prompt import Prompt, count_words, sanitise
+from .prompt import Prompt, count_words, sanitise, shorten
 
 Array = Any
+Result = TypeVar("Result")
+# A comparison asks for the logits after a whole prompt (ids) or after one more token, and is sent
+# a row of them (V,), valid until its next request.
+Steps = Generator[list[int] | int, Array, Result]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +88,31 @@ class WindowReader:
         self.counters = Counters()
         self.prompts: list[tuple[int, ...]] = []  # of the window being compared
         self._session: Session | None = None
+        self._context: int | None = None
         self._letters: Array | None = None
 
-    def start(self) -> None:
-        """Begin a new query: counters at zero and an empty cache.
+    def beside(self, context: int) -> WindowReader:
+        """Return a reader of another query, for whoever feeds many at once.
 
-        What another query left in the cache is not reused, so that a ranking does not depend on
-        what was ranked before it: on engines whose logits vary with how a prompt is cut into calls
-        a resumed job could otherwise differ from an uninterrupted one.
+        It shares what was tokenised and has counters of its own; it builds prompts for ``context``
+        positions and reads none itself.
+        """
+        other = copy(self)
+        other.counters, other.prompts = Counters(), []
+        other._session, other._context = None, context
+        return other
+
+    def start(self) -> None:
+        """Begin a new query: counters at zero.
+
+        What another query left in the cache (the beginning that all prompts share) is reused if
+        the engine's logits do not depend on how a prompt is cut into calls. Else the cache is
+        emptied, so that a ranking never depends on what was ranked before it, and a resumed job
+        gives what an uninterrupted one does.
         """
         self.counters = Counters()
         session = self._session
-        if session is None or not session.lengths[0]:
+        if session is None or not session.lengths[0] or self.model.info.batch_invariant:
             return
         if Capability.ROLLBACK in self.model.capabilities:
             session.forward(Forward(keep=0, logits="none"))
@@ -106,6 +124,11 @@ class WindowReader:
         if self._session is not None:
             self._session.close()
             self._session = None
+
+    @property
+    def context(self) -> int:
+        """Positions that a prompt and its answer may take."""
+        return self._open_session().context if self._context is None else self._context
 
     # -- prompts ---------------------------------------------------------------------------
 
@@ -126,7 +149,8 @@ class WindowReader:
         ContextOverflow
             It does not fit even without a word of any passage.
         """
-        room = self._open_session().context - reserve
+        room = self.context - reserve
+        passages = [shorten(text, self.max_words) for text in passages]
         longest = max((count_words(sanitise(text)) for text in passages), default=0)
         # Starting above the longest passage would only repeat the same prompt.
         limit = min(self.max_words, longest)
@@ -144,7 +168,24 @@ class WindowReader:
             counted = self.counters.word_limit
             self.counters.word_limit = limit if counted is None else min(counted, limit)
 
+    def warm(self, query: str, passages: Sequence[str], *, window: int) -> None:
+        """Tokenise a query's passages ahead of time; any thread may do so."""
+        passages = [shorten(text, self.max_words) for text in passages]
+        self._encoder.warm(query, passages, window=window, max_words=self.max_words)
+
     # -- calls -----------------------------------------------------------------------------
+
+    def drive(self, steps: Steps[Result]) -> Result:
+        """Give each request of ``steps`` its logits, and return what it comes to."""
+        try:
+            ask = next(steps)
+            while True:
+                ask = steps.send(self.append(ask) if isinstance(ask, int) else self.read(ask))
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        finally:
+            steps.close()
 
     def read(self, ids: Sequence[int]) -> Array:
         """Read a prompt, reusing the prefix that the cache holds of it.

@@ -14,7 +14,7 @@ from .first import First
 from .generate import Generate
 from .prompt import Prompt
 from .ranking import Ranking, Usage, slot_scores
-from .reader import Comparison, WindowReader
+from .reader import Comparison, Steps, WindowReader
 from .windows import check_window, windows
 
 Cancel = Callable[[], bool] | threading.Event
@@ -161,6 +161,38 @@ class Reranker:
             A window does not fit into the context even with empty passages.
         Cancelled
         """
+        reader = self._reader
+        reader.cancelled = poll(cancel)
+        reader.start()
+        return reader.drive(
+            self.steps(
+                reader,
+                query,
+                passages,
+                docids=docids,
+                scores=scores,
+                top_k=top_k,
+                progress=progress,
+                on_call=on_call,
+            )
+        )
+
+    def steps(
+        self,
+        reader: WindowReader,
+        query: str,
+        passages: Sequence[str],
+        *,
+        docids: Sequence[str] | None = None,
+        scores: Sequence[float] | None = None,
+        top_k: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        on_call: Callable[[WindowCall], None] | None = None,
+    ) -> Steps[Ranking]:
+        """Do what :meth:`rank` does, asking for logits instead of calling the model.
+
+        A method without ``steps`` of its own calls the model through ``reader``.
+        """
         n = len(passages)
         for name, given in (("docids", docids), ("scores", scores)):
             if given is not None and len(given) != n:
@@ -169,9 +201,6 @@ class Reranker:
             raise UsageError(f"top_k: must be at least 0, got {top_k}")
         begun = time.perf_counter()
         slots = slot_scores(scores, n)
-        reader = self._reader
-        reader.cancelled = _poll(cancel)
-        reader.start()
         order = list(range(n))
         logits: list[float | None] = [None] * n
         plan = windows(n, self.window, self.stride) * self.passes
@@ -184,7 +213,11 @@ class Reranker:
             counters = replace(reader.counters)
             since = time.perf_counter()
             reader.prompts.clear()
-            found = self.method.compare(reader, query, [passages[i] for i in shown])
+            texts = [passages[i] for i in shown]
+            if isinstance(self.method, First | Generate):
+                found = yield from self.method.steps(reader, query, texts)
+            else:
+                found = self.method.compare(reader, query, texts)
             if sorted(found.order) != list(range(len(shown))):
                 raise UsageError(f"rerank: method {self.name} did not return a permutation")
             reader.counters.windows += 1
@@ -223,6 +256,14 @@ class Reranker:
         )
         return ranking if top_k is None else ranking.top_k(top_k)
 
+    def beside(self, context: int) -> WindowReader:
+        """Return what :meth:`steps` takes, for a query that runs beside others."""
+        return self._reader.beside(context)
+
+    def warm(self, query: str, passages: Sequence[str]) -> None:
+        """Tokenise a query's passages before :meth:`rank` needs them; any thread may do so."""
+        self._reader.warm(query, passages, window=self.window)
+
     def close(self) -> None:
         """Free the cache; the model stays open."""
         self._reader.close()
@@ -234,7 +275,8 @@ class Reranker:
         self.close()
 
 
-def _poll(cancel: Cancel | None) -> Callable[[], bool]:
+def poll(cancel: Cancel | None) -> Callable[[], bool]:
+    """Return what says whether to stop."""
     if cancel is None:
         return lambda: False
     return cancel.is_set if isinstance(cancel, threading.Event) else cancel

@@ -128,13 +128,17 @@ def test_result_goes_by_rank():
         ranking.top_k(-1)
 
 
-def test_the_bracket_is_in_the_prompt_and_other_queries_leave_no_trace():
-    model = JudgeModel()
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_bracket_is_in_the_prompt_and_other_queries_leave_no_trace(invariant):
+    model = JudgeModel(batch_invariant=invariant)
     with Reranker(model) as reranker:
         reranker.rank("one", passages([1, 2]))
         run = model.tokens_run
-        reranker.rank("one", passages([1, 2]))
-        assert model.tokens_run == 2 * run  # computed afresh: no query depends on the one before
+        second = reranker.rank("two", passages([1, 2]))
+        # Where logits depend on how a prompt is cut into calls, it is computed afresh.
+        assert model.tokens_run - run == run - second.usage.cached_tokens
+        assert (second.usage.cached_tokens > 0) == invariant
+    assert second.indices == rerank(JudgeModel(), "two", passages([1, 2])).indices
     assert all(prompt.endswith("<|im_start|>assistant\n[") for prompt in model.prompts)
 
 

@@ -12,6 +12,10 @@ from typing import Any
 from .errors import InvalidInput
 
 
+class NotANumber(InvalidInput):
+    """NaN, an infinity, or something else where a number belongs (exit code 5)."""
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Return ``value`` as ASCII JSON that is safe to print.
 
@@ -59,12 +63,18 @@ def parse_json(text: str, where: str) -> Any:
         raise InvalidInput(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise InvalidInput(f"{where}: nested too deeply") from None
+    except _NoNumber as error:
+        raise NotANumber(f"{where}: {error}") from None
     except ValueError as error:
         raise InvalidInput(f"{where}: {error}") from None
 
 
+class _NoNumber(ValueError):
+    pass
+
+
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON; use a finite number")
+    raise _NoNumber(f"{name} is not JSON; use a finite number")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

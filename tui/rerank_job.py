@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,7 @@ class Args:
     stride: int | None
     num_passes: int
     max_words: int
+    batch_size: int
     top_k_candidates: int | None
     top_k_rerank: int | None
     permutations: int
@@ -78,9 +81,14 @@ class Problems:
     lines: int = 0
     queries: int = 0
     hidden: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
 
     def line(self, error: InvalidInput) -> None:
-        """A line of input that cannot be used."""
+        """A line of input that cannot be used, or is odd."""
+        from steersman.core.reranking.io import kind_of
+
+        kind, count = kind_of(error)
+        self.kinds[kind] += count
         self.lines += 1
         self._tell(error)
 
@@ -90,6 +98,7 @@ class Problems:
         error = outcome.error
         assert error is not None
         told = common.problem(error)
+        self.kinds[told.code] += 1
         where = f"{outcome.request.source}: query {outcome.request.qid!r}: "
         self._tell(common.Problem(code=told.code, message=where + told.message))
 
@@ -98,6 +107,15 @@ class Problems:
             self.envelope.fail(error, exit_code=PARTIAL)
         else:
             self.hidden += 1
+
+    def counted(self) -> dict[str, int]:
+        """How many there were of each kind, the most frequent first."""
+        return dict(self.kinds.most_common())
+
+    def sentence(self) -> str:
+        """The counts in words; empty if there were none."""
+        counts = (f"{count} {kind.replace('_', ' ')}" for kind, count in self.kinds.most_common())
+        return f"problems: {', '.join(counts)}" if self.kinds else ""
 
     def settle(self, succeeded: int) -> None:
         """Set the exit code: 7 if something succeeded, else 5 for bad input or 6."""
@@ -166,7 +184,7 @@ def _source(
     return run_requests(
         run,
         queries,
-        read_texts(args.collection, only=wanted, report=problems.line),
+        read_texts(args.collection, only=wanted, report=problems.line, passages=True),
         queries_name=str(args.queries),
         collection_name=str(args.collection),
         report=problems.line,
@@ -191,6 +209,7 @@ def run_rerank(
 ) -> None:
     """Open the model and rank every query; ``stack`` closes what was opened."""
     from steersman.core.reranking import First, Generate, Reranker
+    from steersman.core.reranking.batch import rows_for
     from steersman.core.reranking.job import run_job
     from steersman.core.reranking.prompt import read_prompt
 
@@ -215,15 +234,25 @@ def run_rerank(
             prompt=prompt,
         )
     )
-    log = _open_log(args, log_path, reranker, held, envelope, stack)
+    rows = rows_for(reranker, args.batch_size)
+    if rows < args.batch_size:
+        envelope.warn("this model takes one row at a time; --batch-size has no effect")
+    log = _open_log(args, log_path, reranker, held, rows, envelope, stack)
     history = _History(args.invocations_history_file, reranker, stack)
     tally = _Tally()
     results: list[Any] = []
+    begun = time.perf_counter()
     try:
         with output.progress(_count(args), label="rerank", unit="query") as bar:
             found = requests(args, problems, stack, held)
             for outcome in run_job(
-                reranker, found, log=log, top_k=args.top_k_rerank, on_call=history.add
+                reranker,
+                found,
+                log=log,
+                top_k=args.top_k_rerank,
+                on_call=history.add,
+                batch_size=rows,
+                tokenise_ahead=not args.stdin or held is not None,  # a live pipe is not read ahead
             ):
                 bar.update()
                 tally.add(outcome)
@@ -243,8 +272,13 @@ def run_rerank(
     elif envelope.json:
         envelope.result = results
     problems.settle(succeeded=tally.ranked + tally.skipped)
-    envelope.metrics = {**asdict(tally), "input_problems": problems.lines}
-    output.note(tally.sentence())
+    tally.seconds = time.perf_counter() - begun
+    envelope.metrics = {
+        **asdict(tally),
+        "input_problems": problems.lines,
+        "problems": problems.counted(),
+    }
+    output.note("; ".join(filter(None, (tally.sentence(), problems.sentence()))))
 
 
 def _log_path(args: Args) -> Path | None:
@@ -261,6 +295,7 @@ def _open_log(
     path: Path | None,
     reranker: Reranker,
     held: bytes | None,
+    rows: int,
     envelope: common.Envelope,
     stack: ExitStack,
 ) -> RecordLog | None:
@@ -272,13 +307,16 @@ def _open_log(
         made_of = digest(args.input_json.encode())
     else:
         made_of = digest_files(args.files)
+    info = reranker.model.info
     settings = job_settings(
         reranker,
-        reranker.model.info,
+        info,
         input=made_of,
         top_k_candidates=args.top_k_candidates,
         top_k_rerank=args.top_k_rerank,
         shuffle_seed=args.seed if args.shuffle_candidates else None,
+        # Elsewhere the rows of a batch do not touch each other's numbers.
+        **({} if rows == 1 or info.batch_invariant else {"batch_size": rows}),
     )
     envelope.resolved["settings"] = settings
     if path is None:
@@ -336,7 +374,6 @@ class _Tally:
             self.generated_tokens += usage.generated_tokens
             self.malformed_answers += usage.malformed
             self.shortened_queries += usage.word_limit is not None
-            self.seconds += usage.seconds
 
     def sentence(self) -> str:
         parts = [f"{self.ranked} queries ranked, {self.windows} windows, {self.seconds:.1f} s"]

@@ -10,11 +10,38 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InvalidInput, MissingFile
+from ..strict_json import NotANumber
 from ..strict_json import parse_json as parse_json
 from .ranking import Ranking
 
 Report = Callable[[InvalidInput], None]
+MAX_LINE = 256 << 20  # bytes
+LONG_PASSAGE = 1_000_000  # characters; some 500 pages, of which a prompt shows one
 _TEXT_KEYS = ("text", "contents", "content", "segment", "body", "passage")
+
+
+class InputProblem(InvalidInput):
+    """Something wrong with a place in the input, told apart by kind so that it can be counted.
+
+    Attributes
+    ----------
+    kind : str
+        One word: "malformed_line", "duplicate_query", "empty_passage" ...
+    count : int
+        How often it stands in that place.
+    """
+
+    def __init__(self, message: str, kind: str, count: int = 1) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.count = count
+
+
+def kind_of(error: InvalidInput) -> tuple[str, int]:
+    """Return what to count an error as, and how often."""
+    if isinstance(error, InputProblem):
+        return error.kind, error.count
+    return "not_a_number" if isinstance(error, NotANumber) else "malformed_line", 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +124,36 @@ def numbered_lines(
     Lines that are not UTF-8 are reported and left out. Works line by line, so a pipe is read as it
     comes. A byte order mark at the start and CR before LF are dropped.
     """
-    for number, data in enumerate(lines, start=1):
+    for number, data in enumerate(_bounded(lines), start=1):
         where = f"{name}:{number}"
+        if data is None:
+            problem = f"{where}: longer than {MAX_LINE >> 20} MiB; one line holds one query"
+            tell(report, InputProblem(problem, "long_line"))
+            continue
         if number == 1:
             data = data.removeprefix(b"\xef\xbb\xbf")
         try:
             text = data.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            tell(report, InvalidInput(f"{where}: not UTF-8 at byte {error.start}"))
+            tell(report, InputProblem(f"{where}: not UTF-8 at byte {error.start}", "not_utf8"))
             continue
         if text.strip():
             yield where, text
+
+
+def _bounded(lines: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines, None for each that is too long to be held in memory."""
+    readline = getattr(lines, "readline", None)
+    if readline is None:
+        yield from lines
+        return
+    while data := readline(MAX_LINE + 1):
+        if len(data) <= MAX_LINE or data.endswith(b"\n"):
+            yield data
+            continue
+        while data and not data.endswith(b"\n"):
+            data = readline(1 << 20)
+        yield None
 
 
 def tell(report: Report | None, error: InvalidInput) -> None:
@@ -166,9 +212,9 @@ def _candidate(row: Any, where: str, default_docid: str) -> Candidate:
     score = row.get("score")
     if score is not None:
         if isinstance(score, bool) or not isinstance(score, int | float):
-            raise InvalidInput(f"{where}.score: must be a number, got {_kind(score)}")
+            raise NotANumber(f"{where}.score: must be a number, got {_kind(score)}")
         if abs(score) > 1e38 or not math.isfinite(score):
-            raise InvalidInput(f"{where}.score: must be within ±1e38")
+            raise NotANumber(f"{where}.score: must be within ±1e38")
         score = float(score)
     if "doc" not in row:
         raise InvalidInput(f"{where}.doc: missing")
@@ -239,15 +285,42 @@ def read_requests(
             default = f"line-{where.rpartition(':')[2]}"
             request = parse_request(parse_json(text, where), where, default_qid=default)
             if request.qid in seen:
-                raise InvalidInput(
+                raise InputProblem(
                     f"{where}: query.qid: {request.qid!r} was used at {seen[request.qid]}; "
-                    "give each query its own"
+                    "give each query its own",
+                    "duplicate_query",
                 )
         except InvalidInput as error:
             tell(report, error)
             continue
         seen[request.qid] = where
+        if report is not None:
+            for defect in defects(request):
+                report(defect)
         yield request
+
+
+def defects(request: Request) -> Iterator[InputProblem]:
+    """Yield what is odd about a request's passages but can be ranked as it is."""
+    first: dict[str, int] = {}
+    empty, long, repeated = [], [], []
+    for place, candidate in enumerate(request.candidates):
+        if first.setdefault(candidate.docid, place) != place:
+            repeated.append(place)
+        if not candidate.text or candidate.text.isspace():
+            empty.append(place)
+        if len(candidate.text) > LONG_PASSAGE:
+            long.append(place)
+    for kind, places, told in (
+        ("duplicate_document", repeated, "this document stands before; both are ranked"),
+        ("empty_passage", empty, "empty passage; ranked as it is"),
+        ("long_passage", long, f"more than {LONG_PASSAGE} characters; the beginning is read"),
+    ):
+        if places:
+            more = f" (and {len(places) - 1} more of this query)" if len(places) > 1 else ""
+            where = f"{request.source}: candidates[{places[0]}]"
+            docid = request.candidates[places[0]].docid
+            yield InputProblem(f"{where}: {docid!r}: {told}{more}", kind, len(places))
 
 
 def result_record(request: Request, ranking: Ranking) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import InvalidInput, MissingFile
+from ..strict_json import NotANumber
 from .io import (
+    LONG_PASSAGE,
     Candidate,
+    InputProblem,
     Report,
     Request,
     document_text,
@@ -57,8 +60,9 @@ def read_run(path: Path, *, report: Report | None = None) -> dict[str, list[RunL
                 hits = run.setdefault(line.qid, {})
                 if line.docid in hits:
                     first = hits[line.docid].source
-                    raise InvalidInput(
-                        f"{where}: document {line.docid!r} stands at {first} for the same query"
+                    raise InputProblem(
+                        f"{where}: document {line.docid!r} stands at {first} for the same query",
+                        "duplicate_document",
                     )
                 hits[line.docid] = line
             except InvalidInput as error:
@@ -80,48 +84,74 @@ def _run_line(text: str, where: str) -> RunLine:
     try:
         place, value = int(rank), float(score)
     except ValueError:
-        raise InvalidInput(
+        raise NotANumber(
             f"{where}: rank {rank!r} must be a whole number and score {score!r} a number"
         ) from None
     if not math.isfinite(value) or abs(value) > 1e38:
-        raise InvalidInput(f"{where}: score {score!r} must be within ±1e38")
+        raise NotANumber(f"{where}: score {score!r} must be within ±1e38")
     return RunLine(qid=qid, docid=docid, rank=place, score=value, source=where)
 
 
-def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path, *, report: Report | None = None) -> dict[str, dict[str, int]]:
     """Read judgements: ``qid iter docid relevance`` per line.
 
     Raises
     ------
     InvalidInput
         A line of another shape, a relevance that is no whole number, or a pair judged twice with
-        different results.
+        different results. With ``report`` the line is reported and left out.
     """
     qrels: dict[str, dict[str, int]] = {}
     with open_text(path) as file:
-        for where, text in numbered_lines(file, str(path), None):
-            fields = text.split()
-            if len(fields) != 4:
-                raise InvalidInput(
-                    f"{where}: {len(fields)} fields, expected 4: qid iteration docid relevance"
-                )
-            qid, _, docid, relevance = fields
+        for where, text in numbered_lines(file, str(path), report):
             try:
-                value = int(relevance)
-            except ValueError:
-                raise InvalidInput(
-                    f"{where}: relevance {relevance!r} must be a whole number"
-                ) from None
-            before = qrels.setdefault(qid, {}).setdefault(docid, value)
-            if before != value:
-                raise InvalidInput(
-                    f"{where}: {docid!r} is judged {value} here and {before} before for {qid!r}"
-                )
+                qid, docid, value = _judgement(text, where)
+                before = qrels.get(qid, {}).get(docid, value)
+                if before != value:
+                    raise InputProblem(
+                        f"{where}: {docid!r} is judged {value} here and {before} before for "
+                        f"{qid!r}",
+                        "judged_twice",
+                    )
+            except InvalidInput as error:
+                tell(report, error)
+                continue
+            qrels.setdefault(qid, {})[docid] = value
     return qrels
 
 
+def _judgement(text: str, where: str) -> tuple[str, str, int]:
+    fields = text.split()
+    if len(fields) != 4:
+        raise InvalidInput(
+            f"{where}: {len(fields)} fields, expected 4: qid iteration docid relevance"
+        )
+    qid, _, docid, relevance = fields
+    try:
+        return qid, docid, int(relevance)
+    except ValueError:
+        raise NotANumber(f"{where}: relevance {relevance!r} must be a whole number") from None
+
+
+def unknown_judged(path: Path, known: Collection[str], name: str) -> Iterator[InputProblem]:
+    """Yield the lines of a qrels file whose document is not among the ``known`` ones of ``name``.
+
+    Lines that cannot be read are passed over.
+    """
+    with open_text(path) as file:
+        for where, text in numbered_lines(file, str(path), lambda error: None):
+            fields = text.split()
+            if len(fields) == 4 and fields[2] not in known:
+                told = f"{where}: document {fields[2]!r} is not in {name}; its judgement stays"
+                yield InputProblem(told, "unknown_document")
+
+
 def read_texts(
-    path: Path, *, only: Collection[str] | None = None, report: Report | None = None
+    path: Path,
+    *,
+    only: Collection[str] | None = None,
+    report: Report | None = None,
+    passages: bool = False,
 ) -> dict[str, str]:
     """Read queries or a collection: TSV ``id<TAB>text``, or JSON lines with ``_id`` and ``text``.
 
@@ -133,6 +163,10 @@ def read_texts(
     ----------
     only : collection of str, optional
         Keep these ids alone, so that a large collection is passed through and not held.
+    report : callable, optional
+        Told of lines that cannot be used, which are then left out.
+    passages : bool
+        Tell ``report`` of empty and of huge texts as well; they are kept.
 
     Raises
     ------
@@ -150,11 +184,18 @@ def read_texts(
                 if only is not None and key not in only:
                     continue
                 if key in texts:
-                    raise InvalidInput(f"{where}: id {key!r} stands twice")
+                    raise InputProblem(f"{where}: id {key!r} stands twice", "duplicate_id")
             except InvalidInput as error:
                 tell(report, error)
                 continue
             texts[key] = text
+            if passages and report is not None:
+                if not text or text.isspace():
+                    told = f"{where}: {key!r}: empty passage; ranked as it is"
+                    report(InputProblem(told, "empty_passage"))
+                elif len(text) > LONG_PASSAGE:
+                    told = f"{where}: {key!r}: more than {LONG_PASSAGE} characters"
+                    report(InputProblem(f"{told}; the beginning is read", "long_passage"))
     return texts
 
 
@@ -192,14 +233,15 @@ def run_requests(
     for qid, hits in run.items():
         query = queries.get(qid)
         if query is None or not query.strip():
-            tell(report, InvalidInput(f"{hits[0].source}: query {qid!r} is not in {queries_name}"))
+            told = f"{hits[0].source}: query {qid!r} is not in {queries_name}"
+            tell(report, InputProblem(told, "unknown_query"))
             continue
         candidates: list[Candidate] = []
         for hit in hits:
             text = collection.get(hit.docid)
             if text is None:
                 problem = f"{hit.source}: document {hit.docid!r} is not in {collection_name}"
-                tell(report, InvalidInput(problem))
+                tell(report, InputProblem(problem, "unknown_document"))
                 continue
             raw = {"docid": hit.docid, "score": hit.score, "doc": text}
             candidates.append(Candidate(docid=hit.docid, text=text, score=hit.score, raw=raw))
@@ -213,9 +255,10 @@ def check_trec_names(request: Request) -> None:
     """
     for name in (request.qid, *(c.docid for c in request.candidates)):
         if not name or name != "".join(name.split()):
-            raise InvalidInput(
+            raise InputProblem(
                 f"{request.source}: id {name!r} has a blank in it, which a TREC run cannot hold; "
-                "rename it or write JSON lines only"
+                "rename it or write JSON lines only",
+                "bad_id",
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .. import common, output
+from ..rerank_job import Problems
 
 
 @click.command("eval")
@@ -27,6 +28,12 @@ from .. import common, output
     type=click.Path(path_type=Path),
     metavar="RUN",
     help="Another run: the paired difference to it, with interval and p-value.",
+)
+@common.option(
+    "--collection",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Tell which judged documents are not in it: id<TAB>text, or JSON lines with _id.",
 )
 @common.option("--per-query", is_flag=True, help="One line per query as well.")
 @common.option(
@@ -50,6 +57,7 @@ def command(
     qrels: Path,
     measures: tuple[str, ...],
     compare: Path | None,
+    collection: Path | None,
     per_query: bool,
     level: float,
     samples: int,
@@ -58,26 +66,33 @@ def command(
     """Measure RUN (a TREC run) against QRELS.
 
     The values are those of ir-measures on the same files. Every judged query counts; one that the
-    run lacks counts 0. Tied scores are counted and each measure's rule for them is named.
+    run lacks counts 0. A line that cannot be used is reported and left out; the command then ends
+    with exit code 7. Tied scores are counted and each measure's rule for them is named.
     """  # fmt: skip
     from steersman.core.reranking import evaluate as ev
-    from steersman.core.reranking.trec import read_qrels
+    from steersman.core.reranking.trec import read_qrels, read_texts, unknown_judged
 
     with common.Envelope("eval") as envelope:
         envelope.inputs.update(run=run, qrels=qrels, compare=compare)
         names = measures or ("nDCG@10",)
         ev.parse_measures(names)  # before any file is read
-        judged = read_qrels(qrels)
+        problems = Problems(envelope)
+        judged = read_qrels(qrels, report=problems.line)
+        if collection is not None:
+            wanted = {docid for found in judged.values() for docid in found}
+            known = read_texts(collection, only=wanted, report=problems.line)
+            for problem in unknown_judged(qrels, known, str(collection)):
+                problems.line(problem)
         doubt: dict[str, Any] = {"level": level, "samples": samples, "seed": seed}
         envelope.resolved.update(measures=names, **doubt)
-        scored = _measure(run, judged, names, doubt, envelope)
+        scored = _measure(run, judged, names, doubt, problems)
         envelope.metrics = {m.name: m.value for m in scored}
         envelope.result = {
             "measures": [_row(m, per_query) for m in scored],
         }
         differences = []
         if compare is not None:
-            other = _measure(compare, judged, names, doubt, envelope)
+            other = _measure(compare, judged, names, doubt, problems)
             differences = [
                 ev.compare(a, b, **doubt)
                 for a, b in zip(scored, other)
@@ -87,6 +102,11 @@ def command(
                 "measures": [_row(m, per_query) for m in other],
                 "differences": differences,
             }
+        usable = judged and all(v["queries"] for v in envelope.validation.values())
+        problems.settle(succeeded=int(bool(usable)))
+        envelope.validation["problems"] = problems.counted()
+        if problems.kinds:
+            output.note(problems.sentence())
         if envelope.json:
             return
         _print(scored, per_query, level)
@@ -100,12 +120,13 @@ def _measure(
     judged: dict[str, dict[str, int]],
     names: tuple[str, ...],
     doubt: dict[str, Any],
-    envelope: common.Envelope,
+    problems: Problems,
 ) -> list[Any]:
     from steersman.core.reranking import evaluate as ev
     from steersman.core.reranking.trec import read_run
 
-    hits = read_run(path)
+    envelope = problems.envelope
+    hits = read_run(path, report=problems.line)
     run = {qid: {hit.docid: hit.score for hit in found} for qid, found in hits.items()}
     missing = [qid for qid in judged if qid not in run]
     extra = [qid for qid in run if qid not in judged]

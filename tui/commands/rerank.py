@@ -51,6 +51,8 @@ _METHOD = (
                   help="How often the list is gone through [1]."),
     common.option("--max-words", type=_whole(1), default=300,
                   help="Words kept of each passage [300]."),
+    common.option("--batch-size", type=_whole(1, 256), default=1,
+                  help="Queries whose windows share the model's calls [1]."),
     common.option("--permutations", type=_whole(1, 26), default=1,
                   help="first: average over N presentations of each window [1]."),
     common.option("--content-free", is_flag=True,
@@ -170,7 +172,10 @@ def _look(args: Args, problems: Problems) -> None:
     envelope.validation.update(
         queries=queries, candidates=candidates, windows=planned, problems=problems.lines
     )
+    envelope.metrics["problems"] = problems.counted()
     problems.settle(succeeded=0 if args.validate_only else queries)
+    if problems.kinds:
+        output.note(problems.sentence())
     if not envelope.json:
         verb = "checked" if args.validate_only else "would compare"
         output.print_text(

@@ -52,6 +52,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     layers: LayerChoice | None = None,
+    adapter: str | None = None,
     offline: bool = False,
     **options: Any,
 ) -> Model:
@@ -72,6 +73,9 @@ def load(
     layers : int, str or sequence of int, optional
         Keep only some layers of the same weights: a number n (the first n), or a list such as
         "0-9,20-29" (:mod:`steersman.core.layers`). A cheap draft for the whole model.
+    adapter : str, optional
+        Folder of a LoRA adapter in peft's format, or the name of one that steersman brings
+        (:mod:`steersman.core.adapters`). It is merged into the weights once, in the cache.
     offline : bool
         Never ask the hub.
     **options
@@ -94,7 +98,13 @@ def load(
     if context is not None and context < 8:
         raise UsageError(f"context: must be at least 8, got {context}")
     said = {"context": context, "dtype": dtype, "device": device, "threads": threads, **options}
-    opened = load_with(name, source, **said)
+    merged: dict[str, Any] = {}
+    if adapter is not None:
+        from .adapters import find_adapter
+
+        merged["adapter"] = find_adapter(adapter)
+        said["adapter"] = str(adapter)
+    opened = load_with(name, source, **{**said, **merged})
     opened.options = {"model": model, "backend": name, **said, "offline": offline}
     return opened
 

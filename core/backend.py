@@ -148,7 +148,15 @@ def trainer(name: str) -> Any:
     return importlib.import_module(f"{module.__name__}.train_{name}")
 
 
-def load_with(name: str, source: Any, **options: Any) -> Model:
-    """Open ``source`` (a ``ModelSource``) with the backend called ``name``."""
-    model: Model = backend_module(name).open_model(source, **options)
+def load_with(name: str, source: Any, *, adapter: Any = None, **options: Any) -> Model:
+    """Open ``source`` (a ``ModelSource``) with the backend called ``name``.
+
+    A LoRA ``adapter`` (the path of its folder) is merged into the weights first, on the way that
+    all engines share.
+    """
+    module = backend_module(name)
+    if adapter is not None:
+        files = importlib.import_module("steersman.backends.files.adapter")
+        source = files.with_adapter(source, adapter)
+    model: Model = module.open_model(source, **options)
     return model

@@ -24,6 +24,7 @@ MODEL: Mapping[str, Any] = {
     "device": str,
     "threads": int,
     "layers": int | str | tuple[int, ...],
+    "adapter": str,
     "setting": str,
 }
 MAX_STOPS = 64

@@ -34,7 +34,7 @@ Options = Mapping[str, Any]  # arguments of ``steersman.core.load``
 # runs on the same engine, or is of the same weights: another model has another size and context.
 _ALWAYS = ("backend", "threads", "setting", "offline")
 _SAME_ENGINE = ("device", "dtype")
-_SAME_MODEL = ("model", "context", "layers")
+_SAME_MODEL = ("model", "context", "layers", "adapter")
 
 
 def roles_of(strategy: Any) -> tuple[str, ...]:
@@ -118,10 +118,10 @@ def role_options(
 
 
 def overlaid(options: Options, stronger: Options) -> dict[str, Any]:
-    """Return ``options`` with what ``stronger`` says; another model has other layers."""
+    """Return ``options`` with what ``stronger`` says; layers and adapters go with their model."""
     kept = dict(options)
     if stronger.get("model", kept.get("model")) != kept.get("model"):
-        for name in ("layers", "context"):
+        for name in ("layers", "context", "adapter"):
             kept.pop(name, None)
     return kept | dict(stronger)
 

@@ -132,6 +132,7 @@ class ModelArgs:
     device: str | None = None
     setting: str | None = None
     layers: str | None = None
+    adapter: str | None = None
     offline: bool = False
     roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     role_origins: Mapping[str, str] = field(default_factory=dict)
@@ -143,8 +144,9 @@ class ModelArgs:
         """
         wanted = dict(profile.models.get("target", {})) if profile is not None else {}
         said = dict(self.roles.get("target", {})) | self._said()
-        if "model" in said:  # layers are those of the model that is named beside them
+        if "model" in said:  # layers and adapter are those of the model named beside them
             wanted.pop("layers", None)
+            wanted.pop("adapter", None)
         wanted.update(said)
         wanted.setdefault("model", DEFAULT_MODEL)
         return {**wanted, "offline": self.offline}
@@ -159,6 +161,7 @@ class ModelArgs:
             "device": self.device,
             "setting": self.setting,
             "layers": self.layers,
+            "adapter": self.adapter,
         }
         return {name: value for name, value in said.items() if value is not None}
 
@@ -173,7 +176,8 @@ def _with_roles(draft_model: str | None, model_for: tuple[str, ...], **values: A
 
 
 _MODEL_NAMES = (
-    "model", "backend", "ctx_size", "threads", "dtype", "device", "setting", "layers", "offline",
+    "model", "backend", "ctx_size", "threads", "dtype", "device", "setting", "layers",
+    "adapter", "offline",
 )  # fmt: skip
 _model_flags = (
     option("-m", "--model", metavar="NAME|PATH|HUB-ID", help="Model to open [smollm2]."),
@@ -196,6 +200,7 @@ _model_flags = (
         "[reproducible].",
     ),
     option("--layers", metavar="N|LIST", help="Keep only these layers: 20, or 0-9,20-29 [all]."),
+    option("--adapter", metavar="FOLDER|NAME", help="LoRA adapter to merge into the weights."),
     option("--offline", is_flag=True, help="Never ask the hub."),
 )  # fmt: skip
 model_options = _stack(collect(_MODEL_NAMES, "model_args", ModelArgs), *_model_flags)

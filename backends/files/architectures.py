@@ -42,6 +42,16 @@ class TensorPlan:
             values = np.ascontiguousarray(parts).reshape(values.shape)
         return values
 
+    def restore(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return values in Hugging Face's order as GGUF keeps them: the inverse of ``read``."""
+        if self.change == "minus one":
+            return values + 1
+        if self.change == "unpermute":
+            half = values.shape[0] // self.heads // 2
+            parts = values.reshape(self.heads, 2, half, -1).swapaxes(1, 2)
+            return np.ascontiguousarray(parts).reshape(values.shape)
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from steersman.core.paths import cache_dir
 
 from .gguf import GGUFHeader, TensorInfo, read_header
 from .gguf_cursor import Cursor, StringArray
+from .gguf_write import OutTensor, write_gguf
 from .made import made_folder
 
 FORMAT = 1  # raise it when files must be made anew
@@ -165,39 +165,43 @@ def _tensors(header: GGUFHeader, kept: Sequence[int]) -> list[tuple[str, TensorI
     return found
 
 
-def _write(path: Path, header: GGUFHeader, kept: Sequence[int]) -> str:
-    """Write the file; return its SHA-256. Format: the GGUF specification, see :mod:`.gguf`."""
-    tensors = _tensors(header, kept)
+def metadata_of(header: GGUFHeader) -> tuple[int, bytes]:
+    """Return the number of a file's metadata entries, and their bytes."""
     with header.path.open("rb") as original:
         buffer = mmap.mmap(original.fileno(), 0, access=mmap.ACCESS_READ)
         with buffer:
-            head = [buffer[:8], struct.pack("<Q", len(tensors)), buffer[16:24]]
-            head.append(_metadata(header, buffer, kept))
-            at = 0
-            for name, info in tensors:
-                raw = name.encode()
-                head.append(struct.pack("<Q", len(raw)) + raw + struct.pack("<I", len(info.shape)))
-                head.append(struct.pack(f"<{len(info.shape)}Q", *reversed(info.shape)))
-                head.append(struct.pack("<IQ", info.type, at))
-                at += -(-info.nbytes // header.alignment) * header.alignment
-            digest = hashlib.sha256()
-            with path.open("wb") as file:
+            entries = list(_entries(Cursor(header.path, buffer)))
+            return len(entries), b"".join(buffer[e.begin : e.end] for e in entries)
 
-                def put(data: bytes) -> None:
-                    digest.update(data)
-                    file.write(data)
 
-                def pad() -> None:
-                    put(bytes(-file.tell() % header.alignment))
+def copied(header: GGUFHeader, info: TensorInfo, name: str) -> OutTensor:
+    """Return a tensor of ``header``'s file as it is, under a new name."""
 
-                for part in head:
-                    put(part)
-                pad()
-                for _, info in tensors:
-                    end = info.offset + info.nbytes
-                    for begin in range(info.offset, end, _PIECE):
-                        put(buffer[begin : min(begin + _PIECE, end)])
-                    pad()
-                file.flush()
-                os.fsync(file.fileno())
-    return digest.hexdigest()
+    def pieces() -> Iterator[bytes]:
+        with header.path.open("rb") as file:
+            file.seek(info.offset)
+            left = info.nbytes
+            while left:
+                piece = file.read(min(left, _PIECE))
+                if not piece:
+                    raise InvalidInput(f"{header.path}: ends inside tensor {info.name!r}")
+                left -= len(piece)
+                yield piece
+
+    return OutTensor(name=name, shape=info.shape, type=info.type, nbytes=info.nbytes, pieces=pieces)
+
+
+def _write(path: Path, header: GGUFHeader, kept: Sequence[int]) -> str:
+    """Write the file; return its SHA-256."""
+    with header.path.open("rb") as original:
+        buffer = mmap.mmap(original.fileno(), 0, access=mmap.ACCESS_READ)
+        with buffer:
+            (entries,) = struct.unpack("<Q", buffer[16:24])
+            metadata = _metadata(header, buffer, kept)
+    return write_gguf(
+        path,
+        entries=entries,
+        metadata=metadata,
+        tensors=[copied(header, info, name) for name, info in _tensors(header, kept)],
+        alignment=header.alignment,
+    )

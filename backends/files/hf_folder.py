@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from steersman.core.errors import InvalidInput, MissingFile
 
@@ -39,6 +43,16 @@ _DTYPE_BITS = {
     "U64": 64,
     "C64": 64,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where one tensor lies in a safetensors file, in bytes from its start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 def check_hf_folder(path: Path) -> None:
@@ -94,8 +108,13 @@ def weight_files(path: Path) -> Sequence[str]:
     raise MissingFile(f"{path}: no safetensors files")
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> dict[str, Entry]:
     """Check the header of a safetensors file: its size, its JSON, and where the tensors lie.
+
+    Returns
+    -------
+    dict
+        Dtype, shape and place (from the start of the file) of each tensor.
 
     Raises
     ------
@@ -131,6 +150,33 @@ def check_safetensors(path: Path) -> None:
         raise InvalidInput(
             f"{path}: tensors take {at} bytes, the file holds {size - 8 - length} (truncated?)"
         )
+    return {
+        name: Entry(
+            dtype=str(entry["dtype"]),
+            shape=tuple(entry["shape"]),
+            begin=entry["data_offsets"][0] + 8 + length,
+            end=entry["data_offsets"][1] + 8 + length,
+        )
+        for name, entry in header.items()
+    }
+
+
+def read_floats(path: Path, entry: Entry) -> npt.NDArray[np.float32]:
+    """Return one tensor of a checked file as float32.
+
+    Raises
+    ------
+    InvalidInput
+        It holds other numbers than float32, float16 or bfloat16.
+    """
+    raw = np.memmap(path, np.uint8, "r", entry.begin, (entry.end - entry.begin,))
+    if entry.dtype == "BF16":
+        wide = raw.view("<u2").astype("<u4") << np.uint32(16)
+        return wide.view("<f4").reshape(entry.shape)
+    if entry.dtype not in ("F32", "F16"):
+        raise InvalidInput(f"{path}: holds {entry.dtype}; F32, F16 or BF16 are read")
+    values = raw.view("<f4" if entry.dtype == "F32" else "<f2").reshape(entry.shape)
+    return values.astype(np.float32)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

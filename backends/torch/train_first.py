@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steersman.backends.files.convert import as_hf_folder
+from steersman.backends.files.tokenizer import open_tokenizer
 from steersman.core.errors import InvalidInput, MissingDependency, UsageError
+from steersman.core.fingerprint import weights_fingerprint
+from steersman.core.locate import ModelSource
 from steersman.core.objectives import lambdarank, listnet, ranknet
 from steersman.core.reranking.examples import EncodedExample
 
@@ -96,6 +101,89 @@ class FirstTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model below a training, and where to compute.
+
+    Attributes
+    ----------
+    name, fingerprint : str
+        What is called so, and what identifies its weights.
+    folder : Path
+        As a Hugging Face folder.
+    tokenizer : Tokenizer
+    accelerator : accelerate.Accelerator or None
+        With several processes (torchrun, accelerate launch) or a GPU.
+    """
+
+    name: str
+    fingerprint: str
+    folder: Path
+    tokenizer: Any
+    accelerator: Any = None
+
+    @property
+    def processes(self) -> int:
+        """Processes that train together."""
+        return 1 if self.accelerator is None else int(self.accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the results."""
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
+
+def open_base(
+    source: ModelSource, *, threads: int | None = None, device: str | None = None
+) -> Base:
+    """Return what a training starts from.
+
+    Parameters
+    ----------
+    source : ModelSource
+        A GGUF file is converted first.
+    threads : int, optional
+        CPU threads of the whole process.
+    device : {"auto", "cpu", "cuda"}, optional
+        "auto" takes a GPU if there is one.
+
+    Raises
+    ------
+    MissingDependency
+        A GPU is asked for and absent, or accelerate is needed and not installed.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("--device cuda: torch finds no GPU; use --device cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    accelerator = None
+    if on_gpu or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        try:
+            from accelerate import Accelerator  # type: ignore[import-untyped,unused-ignore]
+        except ImportError:
+            raise MissingDependency(
+                'accelerate: not installed; run: pip install "steersman[train]"'
+            ) from None
+        accelerator = Accelerator(cpu=not on_gpu)
+    folder = as_hf_folder(source)
+    return Base(
+        name=source.name,
+        fingerprint=weights_fingerprint(source.path),
+        folder=folder,
+        tokenizer=open_tokenizer(folder),
+        accelerator=accelerator,
+    )
+
+
+def steps_done(folder: Path) -> int:
+    """Return the updates that a training folder holds."""
+    try:
+        return len((folder / "losses.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """Losses of one update, means over its examples."""
 
@@ -172,16 +260,55 @@ def _last_layers(model: Any, settings: FirstTraining) -> list[int] | None:
     return list(range(total - settings.last_layers, total))
 
 
-def first_loss(
-    model: Any, examples: Sequence[EncodedExample], settings: FirstTraining
-) -> tuple[Tensor, float, float]:
-    """Return the objective of a batch (a scalar with gradients) and its two parts.
+class FirstObjective(torch.nn.Module):  # type: ignore[misc,unused-ignore]
+    """A model with its training loss as the forward pass, so that wrappers see all of it.
 
-    ``lm_weight * L_LM + factor * L_rank``: the mean cross-entropy of the written-out ranking, and
-    the ranking loss of the letters' logits after the opening bracket. Logits of the vocabulary are
-    never held for all positions.
+    Parameters
+    ----------
+    model : transformers model, or one with peft adapters
+    settings : FirstTraining
     """
-    device = next(model.parameters()).device
+
+    def __init__(self, model: Any, settings: FirstTraining) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the objective of a batch (a scalar with gradients) and its two parts.
+
+        ``lm_weight * L_LM + factor * L_rank``: the mean cross-entropy of the written-out ranking,
+        and the ranking loss of the letters' logits after the opening bracket. Logits of the
+        vocabulary are never held for all positions.
+        """
+        settings = self.settings
+        device = next(self.model.parameters()).device
+        ids, labels, mask = (part.to(device) for part in _padded(examples))
+        model = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        embedded = base.get_input_embeddings()(ids)
+        if settings.neftune and model.training:
+            bound = settings.neftune / math.sqrt(ids.shape[1] * embedded.shape[-1])
+            noise = torch.empty_like(embedded).uniform_(-bound, bound)
+            embedded = embedded + noise * mask[..., None]
+        hidden = base.get_decoder()(
+            inputs_embeds=embedded, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        head = base.get_output_embeddings().weight
+        ranking = hidden.new_zeros(())
+        loss_of, _ = LOSSES[settings.loss]
+        for row, example in enumerate(examples):
+            letters = torch.tensor(example.letters, device=device)
+            scores = head[letters] @ hidden[row, example.place]
+            ranking = ranking + loss_of(scores.float(), torch.tensor(example.ranks, device=device))
+        ranking = ranking / len(examples)
+        lm = hidden.new_zeros(())
+        if settings.lm_weight:
+            lm = linear_cross_entropy(hidden, head, labels, shift=1)
+        total = settings.lm_weight * lm + settings.factor * ranking
+        return total, lm.detach(), ranking.detach()
+
+
+def _padded(examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
     length = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)
     labels = torch.full((len(examples), length), IGNORE)
@@ -191,28 +318,15 @@ def first_loss(
         ids[row, :size] = torch.tensor(example.ids)
         labels[row, :size] = torch.tensor(example.labels)
         mask[row, :size] = 1
-    ids, labels, mask = ids.to(device), labels.to(device), mask.to(device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embedded = base.get_input_embeddings()(ids)
-    if settings.neftune and model.training:
-        bound = settings.neftune / math.sqrt(length * embedded.shape[-1])
-        embedded = embedded + torch.empty_like(embedded).uniform_(-bound, bound) * mask[..., None]
-    hidden = base.get_decoder()(
-        inputs_embeds=embedded, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    head = base.get_output_embeddings().weight
-    ranking = hidden.new_zeros(())
-    loss_of, _ = LOSSES[settings.loss]
-    for row, example in enumerate(examples):
-        letters = torch.tensor(example.letters, device=device)
-        scores = head[letters] @ hidden[row, example.place]
-        ranking = ranking + loss_of(scores.float(), torch.tensor(example.ranks, device=device))
-    ranking = ranking / len(examples)
-    lm = hidden.new_zeros(())
-    if settings.lm_weight:
-        lm = linear_cross_entropy(hidden, head, labels, shift=1)
-    total = settings.lm_weight * lm + settings.factor * ranking
-    return total, float(lm.detach()), float(ranking.detach())
+    return ids, labels, mask
+
+
+def first_loss(
+    model: Any, examples: Sequence[EncodedExample], settings: FirstTraining
+) -> tuple[Tensor, float, float]:
+    """Return the objective of a batch and its two parts: see :class:`FirstObjective`."""
+    total, lm, ranking = FirstObjective(model, settings)(examples)
+    return total, float(lm), float(ranking)
 
 
 def batches(count: int, settings: FirstTraining, *, update: int) -> Iterator[list[int]]:
@@ -246,6 +360,7 @@ def train_first(
     settings: FirstTraining,
     folder: Path,
     *,
+    base: Base | None = None,
     report: Callable[[StepReport], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[StepReport]:
@@ -258,6 +373,8 @@ def train_first(
     settings : FirstTraining
     folder : Path
         ``checkpoint/`` (weights that are trained, optimizer and progress) and ``losses.jsonl``.
+    base : Base, optional
+        Where to compute, alone or with other processes; this process's CPU if None.
     report : callable
         Called after every update.
     cancelled : callable
@@ -275,6 +392,12 @@ def train_first(
     """
     if not examples:
         raise InvalidInput("train first: no examples")
+    team = _Team(None if base is None else base.accelerator)
+    if settings.accumulation % team.size:
+        raise UsageError(
+            f"accumulation: {settings.accumulation} passes cannot be shared by "
+            f"{team.size} processes"
+        )
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -285,37 +408,78 @@ def train_first(
         "settings": facts,
         "examples": len(examples),
         "tokens": sum(len(e.ids) for e in examples),
+        "base": "" if base is None else base.fingerprint,
     }
+    objective = team.prepare(FirstObjective(model, settings))
     history = _resume(folder, job, trained, optimizer)
     model.train()
     for update in range(len(history), settings.steps):
-        if cancelled():
+        if team.any(cancelled()):
             break
-        torch.manual_seed(settings.seed + update)  # dropout and noise, the same after a resume
+        # Dropout and noise are the same after a resume, and others in each process.
+        torch.manual_seed((settings.seed + update) * team.size + team.place)
         rate = learning_rate(settings, update)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        sums = [0.0, 0.0, 0.0]
-        for chosen in batches(len(examples), settings, update=update):
-            loss, lm, ranking = first_loss(model, [examples[i] for i in chosen], settings)
-            # A ranking loss that is not a number would spoil the weights for good.
-            if torch.isfinite(loss):
-                (loss / settings.accumulation).backward()
-            for i, value in enumerate((float(loss.detach()), lm, ranking)):
-                sums[i] += value / settings.accumulation
+        sums = torch.zeros(3)
+        passes = list(batches(len(examples), settings, update=update))[team.place :: team.size]
+        for number, chosen in enumerate(passes, start=1):
+            with team.together(objective, number == len(passes)):
+                loss, lm, ranking = objective([examples[i] for i in chosen])
+                if not torch.isfinite(loss):
+                    # It would spoil the weights for good; the other processes still wait for it.
+                    loss = torch.stack([p.sum() * 0 for p in trained.values()]).sum()
+                team.backward(loss * (team.size / settings.accumulation))
+            sums += torch.stack([loss.detach(), lm, ranking]).cpu() / settings.accumulation
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
         optimizer.step()
+        total, lm_mean, ranking_mean = team.sum(sums).tolist()
         done = StepReport(
-            step=update + 1, loss=sums[0], lm=sums[1], ranking=sums[2], learning_rate=rate
+            step=update + 1, loss=total, lm=lm_mean, ranking=ranking_mean, learning_rate=rate
         )
         history.append(done)
         report(done)
-        if (update + 1) % settings.save_every == 0:
+        if (update + 1) % settings.save_every == 0 and team.place == 0:
             _save(folder, job, trained, optimizer, history)
-    _save(folder, job, trained, optimizer, history)
+    if team.place == 0:
+        _save(folder, job, trained, optimizer, history)
     model.eval()
     return history
+
+
+class _Team:
+    """One process alone, or several under accelerate: the few things that differ."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.size = 1 if accelerator is None else int(accelerator.num_processes)
+        self.place = 0 if accelerator is None else int(accelerator.process_index)
+
+    def prepare(self, objective: torch.nn.Module) -> Any:
+        return objective if self._accelerator is None else self._accelerator.prepare(objective)
+
+    def together(self, objective: Any, last: bool) -> Any:
+        """Gradients are exchanged in the last pass of an update only."""
+        if self._accelerator is None or last:
+            return nullcontext()
+        return self._accelerator.no_sync(objective)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._accelerator is None:
+            loss.backward()
+        else:
+            self._accelerator.backward(loss)
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.size == 1:
+            return values
+        accelerator = self._accelerator
+        found: Tensor = accelerator.reduce(values.to(accelerator.device), "sum")
+        return found.cpu()
+
+    def any(self, said: bool) -> bool:
+        return bool(self.sum(torch.tensor([float(said)]))[0])
 
 
 def _save(
@@ -371,7 +535,7 @@ def _resume(
     if made != job:
         settings = made.get("settings", {})
         other = [k for k, v in job["settings"].items() if settings.get(k) != v]
-        other += [k for k in ("examples", "tokens") if made.get(k) != job[k]]
+        other += [k for k in ("examples", "tokens", "base") if made.get(k) != job[k]]
         raise UsageError(
             f"{folder}: holds a training with another {', '.join(other)}; use another folder"
         )
@@ -393,6 +557,32 @@ def _resume(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
     return [StepReport(**line) for line in progress["history"]]
+
+
+def save_adapter(model: Any, folder: Path, *, base: str) -> None:
+    """Write the adapters of a peft model, in float16, beside what is in ``folder``.
+
+    Parameters
+    ----------
+    model : peft model
+    folder : Path
+        Gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+    base : str
+        Name of the model below, for the config.
+    """
+    import peft
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: value.detach().cpu().to(torch.float16).contiguous()
+        for name, value in peft.get_peft_model_state_dict(model).items()
+    }
+    part = folder / "adapter_model.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    os.replace(part, folder / "adapter_model.safetensors")
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
 
 
 def save_merged(model: Any, source: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Losses that teach scores an order; written once, with gradients on torch.
 
-All take scores ``s`` (..., n), larger is better, and ranks ``r`` (..., n), 1 is best, without ties.
+All take scores ``s`` (..., n), larger is better, and ranks ``r`` (..., n), 1 is best. The pairwise
+losses do not compare items of equal rank.
 """
 
 from __future__ import annotations

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import InvalidInput, MissingFile
+from ..objectives import ranks_of
 from .encoding import PromptEncoder
 from .identifiers import LETTERS
 
@@ -27,11 +30,15 @@ class RankingExample:
         In the order they are shown; 2 to 26.
     ranking : tuple of int (n,)
         Places of the passages, best first.
+    ranks : tuple of int (n,), optional
+        Rank of each passage, 1 is best; passages of the same rank are not compared. Those of
+        ``ranking`` if None.
     """
 
     query: str
     passages: tuple[str, ...]
     ranking: tuple[int, ...]
+    ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.passages)
@@ -39,6 +46,8 @@ class RankingExample:
             raise InvalidInput(f"passages: expected 2 to {len(LETTERS)}, got {n}")
         if sorted(self.ranking) != list(range(n)):
             raise InvalidInput(f"ranking: must hold each of 0..{n - 1} once, best first")
+        if self.ranks is not None and len(self.ranks) != n:
+            raise InvalidInput(f"ranks: expected {n}, got {len(self.ranks)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ class EncodedExample:
     letters : tuple of int (n,)
         Token of each passage's letter.
     ranks : tuple of int (n,)
-        1 is best.
+        1 is best; equal ones are not compared.
     """
 
     ids: tuple[int, ...]
@@ -70,8 +79,8 @@ def read_examples(path: Path) -> Iterator[RankingExample]:
     """Yield the examples of a JSONL file.
 
     A line is ``{"query": text, "passages": [text, ...], "ranking": [places, best first]}``;
-    instead of ``ranking``, ``"relevance": [numbers]`` ranks by falling relevance, ties in the order
-    shown.
+    instead of ``ranking``, ``"relevance": [numbers]`` ranks by falling relevance: equal ones are
+    not compared by the ranking loss, and are written in the order shown.
 
     Raises
     ------
@@ -105,6 +114,7 @@ def _example(data: Any) -> RankingExample:
         raise InvalidInput("passages: expected a list of texts")
     if ("ranking" in data) == ("relevance" in data):
         raise InvalidInput("expected either 'ranking' or 'relevance'")
+    ranks = None
     if "ranking" in data:
         ranking = data["ranking"]
         if not isinstance(ranking, list) or not all(type(i) is int for i in ranking):
@@ -118,7 +128,10 @@ def _example(data: Any) -> RankingExample:
         ):
             raise InvalidInput("relevance: expected one number per passage")
         ranking = sorted(range(len(values)), key=lambda i: -values[i])
-    return RankingExample(query=query, passages=tuple(passages), ranking=tuple(ranking))
+        ranks = tuple(1 + sum(other > value for other in values) for value in values)
+    return RankingExample(
+        query=query, passages=tuple(passages), ranking=tuple(ranking), ranks=ranks
+    )
 
 
 def encode_example(
@@ -153,15 +166,13 @@ def encode_example(
                 f"their text, and {max_tokens} are allowed"
             )
         limit = max(0, limit - max(1, overflow // (4 * len(example.passages))))
-    ranks = [0] * len(example.ranking)
-    for rank, place in enumerate(example.ranking, 1):
-        ranks[place] = rank
+    ranks = example.ranks or tuple(ranks_of(list(example.ranking), like=np.empty(0)).tolist())
     return EncodedExample(
         ids=(*prompt, *target),
         labels=(*[IGNORE] * len(prompt), *target),
         place=len(prompt) - 1,
         letters=encoder.identifiers.letters[: len(ranks)],
-        ranks=tuple(ranks),
+        ranks=ranks,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ def command(model_args: common.ModelArgs, **given: Any) -> None:
     Without an output file the results are JSON lines on stdout. A line or query that cannot be
     used is reported and the job goes on; it then ends with exit code 7.
     """
-    args = Args(**given)
-    with common.Envelope("rerank", args.mode) as envelope, ExitStack() as stack:
+    mode = Args(**given).mode
+    with common.Envelope("rerank", mode) as envelope, ExitStack() as stack:
+        args = Args(**(given | _trained_with(model_args, given)))
         envelope.inputs.update({k: v for k, v in given.items() if v not in (None, False)})
         _check(args)
         problems = Problems(envelope)
@@ -111,6 +113,23 @@ def command(model_args: common.ModelArgs, **given: Any) -> None:
             _look(args, problems)
             return
         run_rerank(args, model_args, problems, stack)
+
+
+def _trained_with(model_args: common.ModelArgs, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what the adapter says about windows and wording, where nothing else was said."""
+    if model_args.adapter is None:
+        return {}
+    from steersman.core.adapters import find_adapter, read_rerank_settings
+
+    settings, prompt = read_rerank_settings(find_adapter(model_args.adapter))
+    found = {**asdict(settings), "prompt_file": prompt}
+    if given["window_size"] != settings.window_size and common.origin("window_size") != "built-in":
+        found["stride"] = None  # it belongs to the adapter's own window
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and common.origin(name) == "built-in"
+    }
 
 
 def _check(args: Args) -> None:

@@ -11,6 +11,7 @@ from steersman.core.errors import InvalidInput, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from .train_first import first
 
 if TYPE_CHECKING:
     from steersman.core.api import Prompt
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 @click.group("train")
 def command() -> None:
     """Train what a method needs (on torch)."""
+
+
+command.add_command(first)
 
 
 @command.command("r2r", context_settings={"max_content_width": 100})

@@ -23,8 +23,11 @@ COMMANDS: Mapping[str, str] = {
     "chat": "Chat line by line, without the full screen.",
     "trace": "Look at traces: how each token of a recorded text came about.",
     "score": "Log-probability of every token of a text; perplexity.",
+    "index": "Make documents searchable with a model that was never trained for it.",
+    "search": "Find documents in an index; its output pipes into rerank.",
     "rerank": "Order passages by how well they answer a query.",
     "eval": "Measure a ranking against relevance judgements.",
+    "audit": "Check a bill for hidden reasoning tokens (CoIn).",
     "verify": "Judge finished traces by the model's hidden states (CLUE).",
     "train": "Train what a method needs: a reranker, a router (on torch).",
     "slop": "Find over-used words and phrases; make a ban list.",
@@ -43,8 +46,9 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "prompt": ("show",),
     "trace": ("show", "stats"),
     "slop": ("profile",),
+    "audit": ("commit", "ask", "prove", "check"),
     "verify": ("fit", "score", "rerank"),
-    "train": ("r2r", "first"),
+    "train": ("r2r", "first", "coin"),
 }
 
 

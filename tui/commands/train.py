@@ -11,6 +11,7 @@ from steersman.core.errors import InvalidInput, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from .train_coin import coin
 from .train_first import first
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def command() -> None:
 
 
 command.add_command(first)
+command.add_command(coin)
 
 
 @command.command("r2r", context_settings={"max_content_width": 100})

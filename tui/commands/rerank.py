@@ -54,6 +54,12 @@ _METHOD = (
                   help="Words kept of each passage [300]."),
     common.option("--batch-size", type=_whole(1, 256), default=1,
                   help="Queries whose windows share the model's calls [1]."),
+    common.option("--engine", type=click.Choice(["local", "ray"]), default="local",
+                  help="Where the work is done: in this process, or spread over a Ray cluster."),
+    common.option("--workers", type=_whole(1, 10_000), metavar="N",
+                  help="ray: models at once [as many as there is room for]."),
+    common.option("--ray-address", metavar="ADDRESS",
+                  help="ray: a running cluster [$RAY_ADDRESS, or one of this machine alone]."),
     common.option("--permutations", type=_whole(1, 26), default=1,
                   help="first: average over N presentations of each window [1]."),
     common.option("--content-free", is_flag=True,
@@ -157,6 +163,10 @@ def _check(args: Args) -> None:
         raise UsageError(f"--tag {args.tag!r}: must be one word")
     if args.method != "first" and (args.permutations != 1 or args.content_free):
         raise UsageError("--permutations and --content-free go with --method first")
+    if args.engine != "ray" and (args.workers is not None or args.ray_address is not None):
+        raise UsageError("--workers and --ray-address go with --engine ray")
+    if args.engine == "ray" and args.invocations_history_file is not None:
+        raise UsageError("--invocations-history-file: not with --engine ray; run one query locally")
     from steersman.core.reranking.job import refuse_existing
     from steersman.core.reranking.trec import require_file
     from steersman.core.reranking.windows import check_window

@@ -29,7 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "eval": "Measure a ranking against relevance judgements.",
     "audit": "Check a bill for hidden reasoning tokens (CoIn).",
     "verify": "Judge finished traces by the model's hidden states (CLUE).",
-    "train": "Train what a method needs: a reranker, a router (on torch).",
+    "train": "Train what a method needs: a reranker, a router, a value head (on torch).",
     "slop": "Find over-used words and phrases; make a ban list.",
     "models": "List models: known, installed, cached.",
     "profiles": "List, show, check, compare and create profiles.",
@@ -48,7 +48,7 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "slop": ("profile",),
     "audit": ("commit", "ask", "prove", "check"),
     "verify": ("fit", "score", "rerank"),
-    "train": ("r2r", "first", "coin"),
+    "train": ("first", "coin", "value", "r2r"),
 }
 
 

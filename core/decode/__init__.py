@@ -21,6 +21,7 @@ from .soft_thinking import SoftThinking
 from .speculative.prompt_lookup import PromptLookup
 from .speculative.spectr import SpecTr, Speculative
 from .speculative.stand import STAND
+from .value_beam import ValueBeam
 
 STRATEGIES: Mapping[str, type[Any]] = {
     "sample": Sample,
@@ -30,6 +31,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "best_of_n": BestOfN,
     "soft_thinking": SoftThinking,
     "opera": Opera,
+    "value_beam": ValueBeam,
     "r2r": R2R,
     "antislop": Antislop,
     "block_diffusion": BlockDiffusion,

@@ -13,6 +13,7 @@ from .. import common, output
 from ..interrupts import ctrl_c_cancels
 from .train_coin import coin
 from .train_first import first
+from .train_value import value
 
 if TYPE_CHECKING:
     from steersman.core.api import Prompt
@@ -26,6 +27,7 @@ def command() -> None:
 
 command.add_command(first)
 command.add_command(coin)
+command.add_command(value)
 
 
 @command.command("r2r", context_settings={"max_content_width": 100})

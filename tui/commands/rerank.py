@@ -93,10 +93,11 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("rerank")
+@click.argument("source", required=False, metavar="[FILE|-]", type=_FILE)
 @_options
 @common.model_options
 @common.output_options
-def command(model_args: common.ModelArgs, **given: Any) -> None:
+def command(source: Path | None, model_args: common.ModelArgs, **given: Any) -> None:
     """Order passages by how well they answer a query.
 
     \b
@@ -104,11 +105,14 @@ def command(model_args: common.ModelArgs, **given: Any) -> None:
     steersman rerank --run bm25.txt --queries q.tsv --collection docs.jsonl \\
         --output-trec-file first.txt
     echo '{"query": "what do fleas eat", "candidates": ["Tax law", "Blood"]}' |
-        steersman rerank --stdin
+        steersman rerank -
+    steersman search my-index queries.tsv -k 20 | steersman rerank -
 
+    FILE is short for --requests-file FILE, - for --stdin.
     Without an output file the results are JSON lines on stdout. A line or query that cannot be
     used is reported and the job goes on; it then ends with exit code 7.
     """
+    given |= _from_source(source, given)
     mode = Args(**given).mode
     with common.Envelope("rerank", mode) as envelope, ExitStack() as stack:
         args = Args(**(given | _trained_with(model_args, given)))
@@ -119,6 +123,16 @@ def command(model_args: common.ModelArgs, **given: Any) -> None:
             _look(args, problems)
             return
         run_rerank(args, model_args, problems, stack)
+
+
+def _from_source(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what the argument stands for: --stdin or --requests-file."""
+    if source is None:
+        return {}
+    name = "stdin" if str(source) == "-" else "requests_file"
+    if given[name]:
+        raise UsageError(f"input: {source} and --{name.replace('_', '-')} say the same; give one")
+    return {name: True if name == "stdin" else source}
 
 
 def _trained_with(model_args: common.ModelArgs, given: dict[str, Any]) -> dict[str, Any]:

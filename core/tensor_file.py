@@ -34,7 +34,8 @@ def save_tensors(
         What the file is, such as "clue 1"; a reader asks for the same.
     """
     safetensors = _safetensors()
-    meta = {"format": f"steersman-{kind}", "facts": json.dumps(dict(facts))}
+    # One key alone: several are written in any order, and equal contents shall be equal files.
+    meta = {"steersman": json.dumps({"format": kind, "facts": dict(facts)})}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
@@ -69,16 +70,17 @@ def read_tensors(path: Path, *, kind: str, made_by: str) -> tuple[Arrays, dict[s
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             meta = file.metadata() or {}
-            found = str(meta.get("format"))
-            if found != f"steersman-{kind}":
+            stated = json.loads(meta.get("steersman", "{}"))
+            if stated.get("format") != kind:
                 raise InvalidInput(
-                    f"{path}: format {found!r}, expected 'steersman-{kind}' (made by {made_by})"
+                    f"{path}: format {stated.get('format')!r}, expected {kind!r} (made by "
+                    f"{made_by})"
                 )
-            facts = json.loads(meta.get("facts", ""))
+            facts = stated["facts"]
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except InvalidInput:
         raise
-    except (KeyError, TypeError, ValueError, RecursionError) as exc:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as exc:
         raise InvalidInput(f"{path}: damaged: {exc}") from None
     except Exception as exc:  # safetensors' own error type
         raise InvalidInput(f"{path}: not a safetensors file: {exc}") from None

@@ -13,7 +13,14 @@ import torch
 from steersman.core.audit import Embedder, Heads, ask
 from steersman.core.audit.heads import init_head, init_set, match_logit, set_logit
 from steersman.core.audit.protocol import Receipt
-from steersman.core.audit.traces import INFLATIONS, Prepared, head_pairs, inflate, seen_blocks
+from steersman.core.audit.traces import (
+    INFLATIONS,
+    Prepared,
+    head_pairs,
+    inflate,
+    noise_blocks,
+    seen_blocks,
+)
 from steersman.core.errors import InvalidInput
 from steersman.core.objectives import binary_cross_entropy
 from steersman.core.objectives.focal import focal_loss
@@ -42,6 +49,8 @@ class CoinTraining:
         are undecided at first.
     share, tokens : float, int
         What is asked for; see :func:`steersman.core.audit.ask`.
+    centred : bool
+        See :func:`steersman.core.audit.heads.init_head`.
     seed : int
     """
 
@@ -54,6 +63,7 @@ class CoinTraining:
     false_alarms: float = 0.05
     share: float = 0.1
     tokens: int = 16
+    centred: bool = False
     seed: int = 42
 
 
@@ -95,15 +105,16 @@ def train_coin(
     trained: dict[str, dict[str, np.ndarray]] = {}
     history: list[tuple[int, float, float]] = []
     names: tuple[Literal["tokens", "answer"], ...] = ("tokens", "answer")
+    rng = np.random.default_rng(settings.seed)
+    noise = noise_blocks(embedder, 256, block=traces[0].prints.block, rng=rng)
     for name in names:
-        pairs = head_pairs(first, name, seed=settings.seed, sample=settings.tokens)
+        pairs = head_pairs(first, name, seed=settings.seed, sample=settings.tokens, noise=noise)
         held = head_pairs(third, name, seed=settings.seed + 1, sample=settings.tokens)
         trained[name], history = train_head(pairs, held, settings, progress=partial(progress, name))
         measures[f"auc_{name}"] = _auc(trained[name], held)
-        untrained = init_head(pairs[1])
+        untrained = init_head(pairs[1], centred=settings.centred)
         measures[f"auc_{name}_untrained"] = _auc(untrained, held)
     heads = Heads(**trained, embedder=embedder.facts)  # type: ignore[arg-type]
-    rng = np.random.default_rng(settings.seed)
     if settings.verdict_steps:
         sets, labels = score_sets(heads, second, embedder, settings, rng)
         verdict = train_set(sets, labels, settings)
@@ -130,7 +141,7 @@ def train_head(
     left, right, labels = (torch.as_tensor(a) for a in pairs)
     weights = {
         name: torch.tensor(value, requires_grad=name != "centre")
-        for name, value in init_head(pairs[1]).items()
+        for name, value in init_head(pairs[1], centred=settings.centred).items()
     }
     trainable = [w for w in weights.values() if w.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=settings.learning_rate)
@@ -225,18 +236,23 @@ def _with_thresholds(
     heads: Heads, traces: Sequence[Prepared], settings: CoinTraining, measures: dict[str, Any]
 ) -> Heads:
     rng = np.random.default_rng(settings.seed + 2)
-    found = [
-        heads.judge(seen_blocks(t.prints, _ask(t.prints, settings, rng)), t.answer) for t in traces
-    ]
-    values = {"tokens": [v.tokens for v in found], "answer": [v.answer for v in found]}
-    share = settings.false_alarms / 2  # either mean may raise the alarm
+    shown = [(seen_blocks(t.prints, _ask(t.prints, settings, rng)), t.answer) for t in traces]
+    found = [heads.judge(*case) for case in shown]
+    plain = [Heads().judge(*case) for case in shown]
     if heads.verdict is not None:
-        values["honest"] = [v.honest for v in found if v.honest is not None]
+        values = {"honest": [v.honest for v in found if v.honest is not None]}
+    else:
+        values = {"tokens": [v.tokens for v in found], "answer": [v.answer for v in found]}
+    rules = {
+        **{name: (seen, 0.5 / len(values)) for name, seen in values.items()},
+        "plain_tokens": ([v.tokens for v in plain], 0.25),
+        "plain_answer": ([v.answer for v in plain], 0.25),
+    }
     thresholds = {}
-    for name, seen in values.items():
-        low = settings.false_alarms if name == "honest" else share
-        thresholds[name] = float(np.quantile(seen, low))
-        thresholds[f"{name}_clear"] = float(np.quantile(seen, min(1.0, 4 * low)))
+    for name, (scores, part) in rules.items():  # each may raise the alarm: they share it out
+        low = settings.false_alarms * part
+        thresholds[name] = float(np.quantile(scores, low))
+        thresholds[f"{name}_clear"] = float(np.quantile(scores, min(1.0, 4 * low)))
     measures["settings"] = asdict(settings)
     return Heads(
         tokens=heads.tokens, answer=heads.answer, verdict=heads.verdict, thresholds=thresholds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,12 +52,23 @@ def match_logit(weights: Weights, a: Array, b: Array) -> Array:
     return weights["gain"][0] * cosine(left, right) + weights["bias"][0]
 
 
-def init_head(vectors: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]:
-    """Return an untrained head: identity, centred on the mean of ``vectors`` (n, d)."""
+def init_head(
+    vectors: npt.NDArray[Any], *, centred: bool = False
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return an untrained head: identity.
+
+    Parameters
+    ----------
+    vectors : float array (n, d)
+    centred : bool
+        Take their mean off first. This sharpens what distinguishes one text from another, and hides
+        what distinguishes texts from random tokens.
+    """
     width = vectors.shape[1]
+    mean = np.asarray(vectors, np.float64).mean(axis=0) if centred else np.zeros(width)
     return {
         "projection": np.eye(width, dtype=np.float32),
-        "centre": np.asarray(vectors, np.float64).mean(axis=0).astype(np.float32),
+        "centre": mean.astype(np.float32),
         "gain": np.array([5], np.float32),
         "bias": np.array([-1], np.float32),
     }
@@ -143,7 +154,9 @@ class Heads:
         Weights of :func:`set_logit`.
     thresholds : mapping
         ``tokens``, ``answer`` and ``honest``: below, a trace is rejected. ``tokens_clear`` and so
-        on: from here a trace is accepted; between the two it is undecided.
+        on: from here a trace is accepted; between the two it is undecided. ``plain_tokens`` and
+        ``plain_answer``: the same for means of :func:`untrained_match`, which know random tokens
+        better than heads that were trained on text.
     embedder, facts : mapping
     """
 
@@ -182,7 +195,8 @@ class Heads:
     def judge(self, found: Sequence[Sampled], answer: npt.NDArray[Any]) -> Verdict:
         """Say whether sampled blocks look like reasoning that led to the answer.
 
-        With the set network its probability decides, else the two means.
+        With the set network its probability decides, else the two means; means of the untrained
+        match are looked at as well where they have thresholds.
         """
         if not found:
             return Verdict(outcome="accept", tokens=1.0, answer=1.0)
@@ -197,6 +211,13 @@ class Heads:
             logit = float(set_logit(self.verdict, pairs.astype(np.float32)))
             honest = float(1 / (1 + np.exp(-logit)))
             looked = {"honest": honest}
+        plain = replace(self, tokens=None, answer=None).pairs(found, answer)[0]
+        for name, value in (
+            ("plain_tokens", float((plain[:, 0] * seen).sum() / seen.sum())),
+            ("plain_answer", float(plain[:, 1].mean())),
+        ):
+            if name in self.thresholds:
+                looked[name] = value
         outcome: Literal["accept", "reject", "undecided"] = "accept"
         for name, value in looked.items():
             limit = self.thresholds.get(name, 0.5)

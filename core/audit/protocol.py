@@ -322,3 +322,35 @@ def repeated(found: Sequence[Sampled], *, above: float = 0.9995) -> list[tuple[i
     unit = vectors / np.where(norms > 0, norms, 1)
     near = np.triu(unit @ unit.T, 1) > above
     return [(found[i].number, found[j].number) for i, j in np.argwhere(near)]
+
+
+def repeated_runs(
+    indices: npt.NDArray[np.int64], tokens: npt.NDArray[np.float32], *, length: int = 8
+) -> float:
+    """Return the share of runs of tokens that stood earlier among those shown.
+
+    Parameters
+    ----------
+    indices : int64 (k,)
+        Places of the shown tokens, rising; only tokens that follow each other make a run.
+    tokens : float32 (k, d)
+        Their vectors; equal tokens have equal ones.
+    length : int
+        Tokens of a run.
+
+    Returns
+    -------
+    float in [0, 1]
+        0 where no run is shown.
+    """
+    names = [serialise(vector) for vector in tokens]
+    seen: set[tuple[bytes, ...]] = set()
+    count = again = 0
+    for begin in range(len(names) - length + 1):
+        if indices[begin + length - 1] - indices[begin] != length - 1:
+            continue
+        run = tuple(names[begin : begin + length])
+        count += 1
+        again += run in seen
+        seen.add(run)
+    return again / count if count else 0.0

@@ -158,12 +158,21 @@ def seen_blocks(prints: Fingerprints, challenge: Challenge) -> list[Sampled]:
 Pairs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
+def noise_blocks(embedder: Embedder, count: int, *, block: int, rng: np.random.Generator) -> Floats:
+    """Return vectors (count, d) of blocks of random tokens."""
+    tokenizer = embedder.model.tokenizer
+    ids = [inflated_ids("random", block, [0], [], tokenizer=tokenizer, rng=rng)[1:]
+           for _ in range(count)]  # fmt: skip
+    return np.stack([embedder.text(one) for one in ids])
+
+
 def head_pairs(
     traces: Sequence[Prepared],
     head: Literal["tokens", "answer"],
     *,
     seed: int = 0,
     sample: int = 16,
+    noise: Floats | None = None,
 ) -> Pairs:
     """Return vectors that match and as many that do not, half of those by chance, half near ones.
 
@@ -175,6 +184,9 @@ def head_pairs(
         Mean of sampled tokens against block, or block against answer.
     sample : int
         Tokens sampled of a block.
+    noise : float32 (k, d), optional
+        Blocks of random tokens: for head "answer" they stand in a third of what does not match.
+        Without them a head has never seen a block that is about nothing.
 
     Returns
     -------
@@ -204,8 +216,12 @@ def head_pairs(
             wrong[i] = hard[i]
         else:
             wrong[i] = rng.choice(np.flatnonzero(questions != questions[i]))
+    other = left.copy()
+    if noise is not None and head == "answer":
+        places = np.flatnonzero(rng.random(len(left)) < 1 / 3)
+        other[places] = noise[rng.integers(0, len(noise), len(places))]
     return (
-        np.concatenate([left, left]),
+        np.concatenate([left, other]),
         np.concatenate([right, right[wrong]]),
         np.repeat([1, 0], len(left)).astype(np.float32),
     )

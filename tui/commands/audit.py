@@ -237,7 +237,7 @@ def check_command(
     with common.Envelope("audit check") as envelope:
         envelope.inputs = {"receipt": receipt, "proof": proof, "heads": heads}
         from steersman.core.audit import faults, files, read_heads, sampled_blocks
-        from steersman.core.audit.protocol import repeated
+        from steersman.core.audit.protocol import repeated, repeated_runs
 
         held, asked = files.read_receipt(receipt), files.read_challenge(challenge)
         shown, said = files.read_proof(proof), common.read_text(answer)
@@ -247,6 +247,8 @@ def check_command(
         if not found:
             blocks = sampled_blocks(held, shown)
             result["repeated_blocks"] = [list(pair) for pair in repeated(blocks)]
+            runs = repeated_runs(shown.indices, shown.leaves[:, held.width :])
+            result["repeated_runs"] = runs
             result["outcome"] = "accept"
             if trained is not None:
                 trained.check(held.embedder, where=str(heads))
@@ -267,6 +269,8 @@ def check_command(
         rows += [
             [text, f"{result[k]:.3f}"] for k, text in names.items() if result.get(k) is not None
         ]
+        if result.get("repeated_runs"):
+            rows.append(["runs of 8 tokens seen before", f"{result['repeated_runs']:.1%}"])
         rows += [["fault", fault] for fault in found[:20]]
         _say(envelope, rows)
 

@@ -73,6 +73,12 @@ _PATH = click.Path(path_type=Path)
     default=16,
     help="Of each such block [16].",
 )
+@common.option(
+    "--centred",
+    is_flag=True,
+    help="Take the mean vector off before matching: sharper between topics, blind to "
+    "random tokens.",
+)
 @common.option("--seed", type=common.Finite(0, 2**63 - 1, whole=True), default=42, help="[42].")
 @common.option("--overwrite", is_flag=True, help="Replace heads that are there.")
 @common.model_options

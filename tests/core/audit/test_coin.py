@@ -35,6 +35,7 @@ from steersman.core.audit.protocol import (
     faults,
     prove,
     repeated,
+    repeated_runs,
     sampled_blocks,
 )
 from steersman.core.audit.traces import AuditTrace, inflated_ids, parse_trace, prepare
@@ -307,7 +308,7 @@ def test_untrained_match_and_focal_loss(lib: Any) -> None:
 def test_a_new_head_is_the_cosine(lib: Any) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(20, 5)).astype(np.float32)
-    weights = {name: lib(value) for name, value in init_head(vectors).items()}
+    weights = {name: lib(value) for name, value in init_head(vectors, centred=True).items()}
     found = to_numpy(match_logit(weights, lib(vectors[:3]), lib(vectors[3:6])))
     centre = vectors.mean(axis=0)
     a, b = vectors[:3] - centre, vectors[3:6] - centre
@@ -360,6 +361,9 @@ def test_verdicts_and_their_file(tmp_path: Path) -> None:
     ):  # fmt: skip
         limits = {"tokens": 0.0, "answer": 0.0, **limits}
         assert replace(heads, thresholds=limits).judge(seen, answer).outcome == want
+    for limit, want in ((0.0, "accept"), (1.0, "reject")):
+        plain = replace(heads, thresholds={**heads.thresholds, "plain_answer": limit})
+        assert plain.judge(seen, answer).outcome == want
     full = replace(
         heads, tokens=init_head(made(9).token_vectors), answer=init_head(made(9).token_vectors),
         verdict=init_set(), thresholds={"honest": 0.5},
@@ -382,6 +386,16 @@ def test_repeated_blocks() -> None:
     receipt = commit(twice, ANSWER, answer_tokens=3, embedder=EMBEDDER)
     challenge = ask(receipt, share=1, seed=0)
     assert repeated(sampled_blocks(receipt, prove(twice, receipt, challenge))) == [(0, 2)]
+
+
+def test_repeated_runs() -> None:
+    vectors = made(12).token_vectors
+    places = np.arange(24)
+    twice = np.concatenate([vectors, vectors])
+    # 21 runs of 4; those of the second half and none before it stood earlier.
+    assert repeated_runs(places, twice, length=4) == pytest.approx(9 / 21)
+    assert repeated_runs(np.arange(12), vectors, length=4) == 0
+    assert repeated_runs(places * 2, twice, length=4) == 0  # no two tokens that follow each other
 
 
 # -- traces and training --------------------------------------------------------------------------
@@ -435,7 +449,7 @@ def test_training_tells_topics_apart() -> None:
     heads, _ = train_coin(ready, embedder, CoinTraining(**options), threads=1)  # type: ignore[arg-type]
     assert heads.facts["auc_tokens"] > 0.9
     assert heads.facts["auc_answer"] > 0.9
-    assert {"tokens", "answer", "honest"} <= set(heads.thresholds)
+    assert {"honest", "plain_tokens", "plain_answer"} <= set(heads.thresholds)
     again, _ = train_coin(ready, embedder, CoinTraining(**options), threads=1)  # type: ignore[arg-type]
     assert again.thresholds == heads.thresholds
 

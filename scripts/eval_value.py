@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from evaluation import ROOT, interval, paired_table, parser, run_arms, show
 
-from steersman.core import load
+from steersman.core import load, open_session
 from steersman.core.api import generate
 from steersman.core.backend import trainer
 from steersman.core.model import Model
@@ -231,7 +231,8 @@ def main() -> None:
         samples=max(args.samples, args.candidates), rows=args.samples, max_tokens=args.tokens,
         seed=args.seed,
     )  # fmt: skip
-    with load(args.model, backend=args.backend, threads=args.threads, context=512) as model:
+    options = {"backend": args.backend, "threads": args.threads, "context": 512}
+    with load(args.model, **options) as model, open_session(model) as session:
         name = f"{args.low}-{args.high}-{args.train}-{args.seed}-{settings.samples}"
         folder = args.work / f"train-{name}"
         rollouts = sampled(folder, training, model, settings, "training")
@@ -257,7 +258,12 @@ def main() -> None:
                 right = picks(rollout, wanted, values, args.candidates)[arm]
                 return {"right": right, "calls": calls}
             found = generate(
-                model, question.prompt, profile=arms[arm], seed=seed, max_tokens=args.tokens
+                model,
+                question.prompt,
+                profile=arms[arm],
+                seed=seed,
+                max_tokens=args.tokens,
+                session=session,  # the examples before the question are computed once
             )
             calls = sum(found.timings.calls.values())
             return {"right": float(comparable(found.text, "number") == wanted), "calls": calls}

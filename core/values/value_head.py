@@ -11,14 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..array import Array, to_numpy
-from ..array_file import ArrayFormat, read_arrays, save_arrays
 from ..errors import InvalidInput, UsageError
 from ..model import Model, ModelInfo
+from ..tensor_file import read_tensors, save_tensors
 from .head import ValueShape, head_values
 
-FORMAT = ArrayFormat(
-    name="steersman-value-head", version=1, what="a value head", maker="steersman train value"
-)
+KIND, MADE_BY = "value head 1", "steersman train value"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def save_value_head(head: ValueHead, path: Path) -> None:
         "model": head.model,
         "facts": dict(head.facts),
     }
-    save_arrays(path, head.weights, facts, FORMAT)
+    save_tensors(path, head.weights, facts, kind=KIND)
 
 
 def read_value_head(path: Path) -> ValueHead:
@@ -88,20 +86,19 @@ def read_value_head(path: Path) -> ValueHead:
     MissingDependency
         safetensors is not installed.
     """
-    arrays, facts = read_arrays(path, FORMAT, lambda facts: _shape(facts).parameters)
+    arrays, facts = read_tensors(path, kind=KIND, made_by=MADE_BY)
+    try:
+        shape = ValueShape(**facts["shape"])
+    except (UsageError, KeyError, TypeError) as exc:
+        raise InvalidInput(f"{path}: not a value head: {exc}") from None
+    if {name: a.shape for name, a in arrays.items()} != shape.parameters:
+        raise InvalidInput(f"{path}: its arrays do not fit its stated shape")
+    if any(a.dtype != np.float32 for a in arrays.values()):
+        raise InvalidInput(f"{path}: its arrays must be float32")
     layer, held = facts.get("layer"), facts.get("facts", {})
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise InvalidInput(f"{path}: layer must be a whole number from 0, got {layer!r}")
     if not isinstance(held, dict):
         raise InvalidInput(f"{path}: facts must be a mapping, got {held!r}")
-    return ValueHead(
-        shape=_shape(facts),
-        weights=arrays,
-        layer=layer,
-        model=str(facts.get("model", "")),
-        facts=held,
-    )
-
-
-def _shape(facts: Mapping[str, Any]) -> ValueShape:
-    return ValueShape(**facts["shape"])
+    model = str(facts.get("model", ""))
+    return ValueHead(shape=shape, weights=arrays, layer=layer, model=model, facts=held)

@@ -271,7 +271,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         read_value_head(path)
     for content in (b"", b"{}", b"\xff" * 64):
         path.write_bytes(content)
-        with pytest.raises(InvalidInput, match="not a value head"):
+        with pytest.raises(InvalidInput, match="not a file of steersman train value"):
             read_value_head(path)
     save_value_head(example(weights={**example().weights, "offset": np.array([np.nan], "f")}), path)
     with pytest.raises(InvalidInput, match="finite"):

@@ -66,7 +66,7 @@ class Work:
     passes: int = 1
     max_words: int = 300
     top_k: int | None = None
-    prompt: Mapping[str, str] | None = None
+    prompt: Mapping[str, Any] | None = None
     batch_size: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     opener: str = "steersman.core:load"

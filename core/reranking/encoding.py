@@ -35,10 +35,10 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt) -> None:
         self.tokenizer, self.prompt = tokenizer, prompt
-        self.identifiers: Identifiers = find_identifiers(tokenizer)
+        self.identifiers: Identifiers = find_identifiers(tokenizer, prompt.answer)
 
     def encode(self, query: str, passages: Sequence[str], *, max_words: int) -> list[int]:
-        """Return the ids of a prompt, with the assistant's turn open and ``[`` in it."""
+        """Return the ids of a prompt, with the assistant's turn open and ``[`` at its end."""
         ids = self._assembler.encode(query, passages, max_words=max_words)
         if ids is None:
             return self.encode_whole(query, passages, max_words=max_words)
@@ -58,16 +58,20 @@ class PromptEncoder:
         return Assembler(self.tokenizer, self.prompt, self._encode_chat, self._turns)
 
     def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if self.tokenizer.chat_template is None:
+        if self._plain:
             text = "".join(message["content"] + "\n" for message in messages)
             return [int(i) for i in encode_prompt(self.tokenizer, text)]
         return encode_chat(self.tokenizer, self._turns(messages))
 
     def _turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """Return the messages with the roles that the template knows."""
-        if self.tokenizer.chat_template is None or self._system_role:
+        if self._plain or self._system_role:
             return messages
         return merge_system(messages)
+
+    @property
+    def _plain(self) -> bool:
+        return self.tokenizer.chat_template is None or not self.prompt.chat
 
     @cached_property
     def _system_role(self) -> bool:

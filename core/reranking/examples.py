@@ -180,7 +180,8 @@ def _target(encoder: PromptEncoder, ranking: Sequence[int]) -> list[int]:
     """Return the ids of ``C] > [A] > [B]`` and an end token: what follows the opening bracket."""
     tokenizer = encoder.tokenizer
     text = " > ".join(f"[{LETTERS[place]}]" for place in ranking)
-    whole, opening = tokenizer.encode(text), list(encoder.identifiers.opening)
+    whole = tokenizer.encode(encoder.prompt.answer + text)
+    opening = list(encoder.identifiers.opening)
     if whole[: len(opening)] == opening:
         ids = whole[len(opening) :]
     else:  # a tokenizer that merges bracket and letter: keep the split that prompts have

@@ -18,7 +18,8 @@ class Identifiers:
     Attributes
     ----------
     opening : tuple of int
-        Ids of ``"["``; a prompt that ends in them is followed by a letter.
+        Ids of ``"["`` and of what stands before it in the answer; a prompt that ends in them is
+        followed by a letter.
     letters : tuple of int (26,)
         Distinct; ``letters[j]`` is the id of ``chr(65 + j)`` after ``opening``.
     forced : bool
@@ -31,24 +32,30 @@ class Identifiers:
     forced: bool = False
 
 
-def find_identifiers(tokenizer: Tokenizer) -> Identifiers:
+def find_identifiers(tokenizer: Tokenizer, before: str = "") -> Identifiers:
     """Find the identifiers' tokens from the tokenizer, not from a guess about its vocabulary.
 
     Many vocabularies hold both ``A`` and `` A``. The one that follows a bracket is the last token
     of ``"[A"``, if the rest of it is ``"["``. Where the tokenizer merges the two (``[A`` is one
     token), the prompt still ends in ``"["`` and the bare letter's token is read: a forced split.
 
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    before : str
+        What stands in front of the bracket.
+
     Raises
     ------
     InvalidInput
         The vocabulary has no separate token for some letter.
     """
-    opening = tokenizer.encode("[")
+    opening = tokenizer.encode(before + "[")
     if not opening:
         raise InvalidInput("tokenizer: '[' encodes to nothing; choose another model")
     letters: list[int] = []
     for letter in LETTERS:
-        ids = tokenizer.encode("[" + letter)
+        ids = tokenizer.encode(before + "[" + letter)
         if ids[:-1] != opening or tokenizer.token_bytes(ids[-1]).strip() != letter.encode():
             return _forced_split(tokenizer, opening)
         letters.append(ids[-1])

@@ -174,7 +174,7 @@ class Assembler:
 
     def _render(self, messages: Messages) -> str:
         template = self._tokenizer.chat_template
-        if template is None:
+        if template is None or not self._prompt.chat:
             return "".join(message["content"] + "\n" for message in messages)
         return render(template, self._turns(messages), tokenizer=self._tokenizer)
 

@@ -65,6 +65,10 @@ class Prompt:
     ``closing``; ``{letter}`` and ``{text}`` must stand in ``passage``. Replacement happens once:
     braces in a query or a passage stay what they are. A checkpoint trained for reranking wants the
     exact wording of its training.
+
+    ``answer`` is text that opens the model's answer, before the bracket that the letter follows.
+    With ``chat`` false the parts are plain text, one after the other, without the turns of a chat
+    template: base models, and small ones, may rank better so.
     """
 
     system: str = (
@@ -81,6 +85,8 @@ class Prompt:
         "of all passages, the most relevant first, in the form [] > [], for example [B] > [A]. "
         "Answer with the ranking only."
     )
+    answer: str = ""
+    chat: bool = True
 
     def __post_init__(self) -> None:
         allowed = {
@@ -88,6 +94,7 @@ class Prompt:
             "opening": {"num", "query"},
             "passage": {"letter", "text"},
             "closing": {"num", "query"},
+            "answer": set(),
         }
         for name, fields in allowed.items():
             for used in _FIELD.findall(getattr(self, name)):
@@ -147,7 +154,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def read_prompt(path: str | Path) -> Prompt:
-    """Read a :class:`Prompt` from a YAML file with any of its four fields.
+    """Read a :class:`Prompt` from a YAML file with any of its fields.
 
     Raises
     ------
@@ -160,8 +167,10 @@ def read_prompt(path: str | Path) -> Prompt:
         document.error((), "must be a mapping with system, opening, passage, closing")
     document.check_keys((), Prompt.__dataclass_fields__)
     for name, value in document.data.items():
-        if not isinstance(value, str):
-            document.error((name,), f"must be text, got {type(value).__name__}")
+        wanted = bool if name == "chat" else str
+        if not isinstance(value, wanted):
+            told = "true or false" if wanted is bool else "text"
+            document.error((name,), f"must be {told}, got {type(value).__name__}")
     try:
         return Prompt(**document.data)
     except InvalidInput as error:

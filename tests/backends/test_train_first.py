@@ -85,6 +85,20 @@ def test_an_encoded_example(encoder: PromptEncoder) -> None:
         encode_example(encoder, example, max_words=5, max_tokens=20)
 
 
+def test_passages_of_equal_relevance_are_not_compared(
+    encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "windows.jsonl"
+    row = {"query": "q", "passages": ["a", "b", "c"], "relevance": [0, 2, 0]}
+    path.write_text(json.dumps(row) + "\n")
+    (example,) = read_examples(path)
+    found = encode_example(encoder, example, max_words=5, max_tokens=200)
+    assert found.ranks == (2, 1, 2)
+    scores = torch.tensor([3.0, 1.0, -1.0])
+    pairs = [torch.nn.functional.softplus(scores[i] - scores[1]) / 3 for i in (0, 2)]
+    assert float(ranknet(scores, torch.tensor(found.ranks))) == pytest.approx(float(sum(pairs)) / 3)
+
+
 def test_the_objective_is_its_formula(folder: Path, encoder: PromptEncoder) -> None:
     model = open_trainable(folder, FULL)
     batch = examples(encoder, 2)

@@ -9,6 +9,7 @@ from rerank_toys import JudgeModel, merging_tokenizer
 from toys import CHATML, ToyTokenizer, byte_tokenizer
 
 from steersman.core.errors import InvalidInput, MissingFile
+from steersman.core.reranking.encoding import PromptEncoder
 from steersman.core.reranking.identifiers import LETTERS, find_identifiers
 from steersman.core.reranking.prompt import (
     Prompt,
@@ -106,6 +107,35 @@ def test_prompt_file(tmp_path):
     assert prompt == Prompt(system="", closing="Rank {num} for {query}.")
     with pytest.raises(MissingFile):
         read_prompt(tmp_path / "none.yaml")
+
+
+def test_an_answer_that_is_begun_and_a_text_without_turns():
+    prompt = Prompt(
+        chat=False,
+        system="",
+        opening="",
+        closing="Q: {query}",
+        answer="It is in ",
+        passage="[{letter}] {text}",
+    )
+    tokenizer = byte_tokenizer()
+    encoder = PromptEncoder(tokenizer, prompt)
+    ids = encoder.encode("why?", ["one", "two"], max_words=5)
+    text = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert text == "\n[A] one\n[B] two\nQ: why?\nIt is in ["
+    assert ids == encoder.encode_whole("why?", ["one", "two"], max_words=5)
+
+
+def test_a_prompt_file_without_turns(tmp_path):
+    path = tmp_path / "prompt.yaml"
+    path.write_text("chat: false\nanswer: 'In '\n")
+    assert read_prompt(path) == Prompt(chat=False, answer="In ")
+    path.write_text("chat: 'no'\n")
+    with pytest.raises(InvalidInput, match="chat.*must be true or false, got str"):
+        read_prompt(path)
+    path.write_text("answer: '{query}'\n")
+    with pytest.raises(InvalidInput, match="answer: unknown field {query}"):
+        read_prompt(path)
 
 
 # -- identifiers ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -273,6 +274,7 @@ class Cluster:
     def _results(self, refs: list[Any]) -> Iterator[dict[str, Any]]:
         from ray import data
 
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

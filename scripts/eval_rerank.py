@@ -12,27 +12,23 @@ passages, which DL19 is made of, may not be published: keep ``--work`` out of re
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
-import io
 import json
-import os
-import re
 import sys
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ir_sets
 import numpy as np
 
 from steersman.core import load
+from steersman.core.adapters import rerank_options
 from steersman.core.decode.rng import Rng
 from steersman.core.reranking import First, Generate, Reranker
 from steersman.core.reranking.evaluate import Measured, bootstrap_interval, compare, evaluate
-from steersman.core.reranking.io import Request, dump_line, open_text, read_requests, with_title
+from steersman.core.reranking.io import Request, dump_line, read_requests
 from steersman.core.reranking.job import (
     RecordLog,
     digest_files,
@@ -41,114 +37,52 @@ from steersman.core.reranking.job import (
     shuffle,
     write_run_from_log,
 )
-from steersman.core.reranking.trec import read_qrels, read_run, read_texts, write_run
+from steersman.core.reranking.trec import read_qrels, read_run, write_run
 
-Qrels = dict[str, dict[str, int]]
+Qrels = ir_sets.Qrels
 SHUFFLE_SEED = 1
 
 
-# -- the three sets: (requests, qrels) ---------------------------------------------------------
+# -- the sets: (requests, qrels) -----------------------------------------------------------------
 
 
-def dl19(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
-    """TREC DL 2019 passages: 43 queries, BM25 hits with their text, graded judgements."""
-    folder = data / "trec_dl"
-    rows = json.loads((folder / "BM25" / "retrieve_results_dl19.json").read_text())
-    found = [
-        _request(
-            str(row["hits"][0]["qid"]),
-            row["query"],
-            [(str(h["docid"]), float(h["score"]), h["content"]) for h in row["hits"][:depth]],
-        )
-        for row in rows
-    ]
-    return found, read_qrels(folder / "qrels.dl19-passage.txt")
+def _dl19(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
+    queries, hits, qrels = ir_sets.dl19(data)
+    return [_request(q, text, hits[q][:depth]) for q, text in queries.items()], qrels
 
 
-def scifact(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
-    """SciFact as in BEIR: 300 test claims over 5,183 abstracts; BM25 by bm25s."""
-    folder = data / "scifact"
-    queries = read_texts(folder / "topics.beir-v1.0.0-scifact.test.tsv.gz")
-    corpus: dict[str, str] = {}
-    with zipfile.ZipFile(folder / "scifact.zip") as archive:
-        text = archive.read("corpus_train.csv").decode()
-    for row in csv.DictReader(io.StringIO(text)):
-        # The abstract is printed as an array of quoted sentences without commas.
-        quoted = re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", row["abstract"], re.DOTALL)
-        abstract = " ".join(ast.literal_eval(item) for item in quoted)
-        corpus[row["doc_id"]] = with_title(row["title"], abstract)
-    return _bm25(queries, corpus, depth), read_qrels(folder / "qrels.beir-v1.0.0-scifact.test.txt")
+def _searched(
+    collect: Callable[[Path], ir_sets.Collection], part: str | None = None
+) -> Callable[[Path, int], tuple[list[dict[str, Any]], Qrels]]:
+    """Return a set whose candidates bm25s finds; ``part`` takes one half of its queries."""
+
+    def make(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
+        found = collect(data)
+        if part is not None:
+            found = ir_sets.split(found, part)
+        hits = ir_sets.bm25(list(found.queries.values()), found.corpus, depth)
+        rows = [
+            _request(qid, query, [(d, score, found.corpus[d]) for d, score in row])
+            for (qid, query), row in zip(found.queries.items(), hits)
+        ]
+        return rows, found.qrels
+
+    return make
 
 
-def cranfield(data: Path, depth: int) -> tuple[list[dict[str, Any]], Qrels]:
-    """Cranfield: 225 queries over 1,400 abstracts; BM25 by bm25s.
-
-    Codes 1 (complete answer) to 4 (minimum interest) become gains 4 to 1. Code -1 marks the
-    document a query was made from, or an uncertain one: those judgements are dropped.
-    """
-    folder = data / "cranfield"
-    corpus = {
-        key: with_title(part.get("T", ""), part.get("W", ""))
-        for key, part in _smart(folder / "cran.all.1400")
-    }
-    # The judgements number the queries by their place, not by the numbers in the file.
-    queries = {
-        str(place): part["W"]
-        for place, (_, part) in enumerate(_smart(folder / "cran.qry"), start=1)
-    }
-    qrels: Qrels = {}
-    with open_text(folder / "cranqrel") as file:
-        for line in file:
-            fields = line.split()
-            if len(fields) != 3:
-                continue
-            qid, docid, code = fields[0].decode(), fields[1].decode(), int(fields[2])
-            if code > 0:
-                qrels.setdefault(qid, {})[docid] = 5 - code
-    return _bm25(queries, corpus, depth), qrels
-
-
-SETS = {"dl19": dl19, "scifact": scifact, "cranfield": cranfield}
-
-
-def _smart(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Read a SMART file: ``.I id``, then fields ``.T``, ``.A``, ``.B``, ``.W``."""
-    key, field, part = "", "", dict[str, list[str]]()
-    for line in [*path.read_text().splitlines(), ".I end"]:
-        if line.startswith(".I "):
-            if key:
-                yield key, {name: " ".join(" ".join(rows).split()) for name, rows in part.items()}
-            key, field, part = line[3:].strip(), "", {}
-        elif re.fullmatch(r"\.[TABW]\s*", line):
-            field = line[1]
-            part.setdefault(field, [])
-        elif field:
-            part[field].append(line)
+SETS = {
+    "dl19": _dl19,
+    "scifact": _searched(ir_sets.scifact),
+    "cranfield": _searched(ir_sets.cranfield),
+    # The halves that scripts/make_first_data.py leaves out.
+    "cranfield-held-out": _searched(ir_sets.cranfield, "held-out"),
+    "cisi-held-out": _searched(ir_sets.cisi, "held-out"),
+}
 
 
 def _request(qid: str, query: str, hits: list[tuple[str, float, str]]) -> dict[str, Any]:
     rows = [{"docid": docid, "score": score, "doc": text} for docid, score, text in hits]
     return {"query": {"text": query, "qid": qid}, "candidates": rows}
-
-
-def _bm25(queries: dict[str, str], corpus: dict[str, str], depth: int) -> list[dict[str, Any]]:
-    """Retrieve with bm25s as it comes: Lucene's formula, k1 1.5, b 0.75, English stop words."""
-    import bm25s
-
-    ids = list(corpus)
-    index = bm25s.BM25()
-    quiet = {"show_progress": False}
-    index.index(bm25s.tokenize(list(corpus.values()), stopwords="en", **quiet), **quiet)
-    asked = bm25s.tokenize(list(queries.values()), stopwords="en", **quiet)
-    places, scores = index.retrieve(asked, k=depth, **quiet)
-    return [
-        _request(
-            qid,
-            queries[qid],
-            [(ids[int(p)], float(s), corpus[ids[int(p)]]) for p, s in zip(row, row_scores)],
-        )
-        for qid, row, row_scores in zip(queries, places, scores)
-    ]
 
 
 # -- preparing and running ---------------------------------------------------------------------
@@ -198,14 +132,19 @@ def read(path: Path, count: int | None) -> list[Request]:
 def rerank(model: Any, name: str, path: Path, args: argparse.Namespace) -> Path:
     """Rerank the chosen queries, going on where an earlier call stopped; return the run."""
     variant = VARIANTS[name]
-    stem = f"{name}-{args.backend}-w{args.max_words}-k{args.depth}"
-    with Reranker(
-        model,
-        method=variant.method,
-        window=args.window_size,
-        stride=args.stride,
-        max_words=args.max_words,
-    ) as reranker:
+    options = {
+        "window": args.window_size,
+        "stride": args.stride,
+        "max_words": args.max_words,
+    }
+    trained = "" if args.adapter is None else f"-{args.label or Path(args.adapter).name}"
+    if args.adapter is not None:
+        said = rerank_options(args.adapter)
+        if "window" in said:
+            said.setdefault("stride", max(1, said["window"] // 2))
+        options |= said
+    stem = f"{name}{trained}-{args.backend}-w{options['max_words']}-k{args.depth}"
+    with Reranker(model, method=variant.method, **options) as reranker:
         settings = job_settings(
             reranker,
             model.info,
@@ -331,14 +270,12 @@ def _cost(run: Path, qrels: Qrels) -> str:
 
 def main() -> None:
     """Parse arguments, prepare, rerank, report."""
-    here = Path(__file__).resolve().parent.parent
-    data = Path(os.environ.get("STEERSMAN_DATA", here.parent / "shared" / "data"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for requests and runs")
-    parser.add_argument("--data", type=Path, default=data, help="evaluation data")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--data", type=Path, default=ir_sets.data_folder(), help="evaluation data")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["dl19", "scifact", "cranfield"])
     parser.add_argument(
         "--methods", nargs="*", choices=VARIANTS, default=["first", "first-shuffled", "generate"],
         help="none only measures the first stage",
@@ -350,6 +287,10 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--measure", default="nDCG@10")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument(
+        "--adapter", help="LoRA adapter; windows, words and wording are then those of its training"
+    )
+    parser.add_argument("--label", help="name of the adapter's runs [that of its folder]")
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
@@ -357,7 +298,12 @@ def main() -> None:
     paths = {n: prepare(n, args.data, args.work / n, args.depth) for n in args.sets}
     runs: dict[str, dict[str, Path]] = {name: {} for name in args.sets}
     if args.methods:
-        options = {"backend": args.backend, "dtype": args.dtype, "threads": args.threads}
+        options = {
+            "backend": args.backend,
+            "dtype": args.dtype,
+            "threads": args.threads,
+            "adapter": args.adapter,
+        }
         with load(args.model, **options) as model:
             print(f"{model.info.name} on {model.info.backend}, {model.info.dtype}")
             for name, path in paths.items():

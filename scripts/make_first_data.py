@@ -1,12 +1,11 @@
 """Build training windows for ``steersman train first`` from public test collections.
 
-    python scripts/make_first_data.py --out first.jsonl
+    python scripts/make_first_data.py --out windows.jsonl
 
 XQuAD's English questions, SciFact's training claims, half of the queries of Cranfield and CISI, and
-titles of SciFact against their own abstracts, each with the hits of BM25 as the other passages of its window.
-A passage's target rank: judged relevance first, then BM25's order, so that windows teach lexical
-match as well. About half of the windows are shown in BM25's order, the rest shuffled; where BM25
-has the relevant one first nearly always, it is moved to a random place. No query of TREC DL, of
+titles of SciFact's abstracts against their own text. Each window holds one relevant passage; the
+others are half of them drawn at random, which is easy, half of them from BM25's first hits, which is
+hard. A few queries are replaced by some words of the relevant passage itself. No query of TREC DL, of
 SciFact's test claims or of the held-out halves is touched, and no passage of MS MARCO.
 """
 
@@ -21,16 +20,16 @@ from typing import Any
 import numpy as np
 from ir_sets import Collection, bm25, cisi, cranfield, data_folder, scifact_train, split, xquad
 
-DEPTH = 30  # hits of BM25 that windows are drawn from
+DEPTH = 20  # hits of BM25 that hard passages are drawn from
+LONGEST_QUERY = 24  # words
 
 
 def windows(
     source: str,
     collection: Collection,
     *,
-    size: int,
     each: int,
-    easy: bool,
+    args: argparse.Namespace,
     generator: np.random.Generator,
 ) -> Iterator[dict[str, Any]]:
     """Yield ``each`` windows per judged query.
@@ -40,47 +39,50 @@ def windows(
     source : str
         Name kept in each line.
     collection : Collection
-    size : int
-        Passages of a window.
     each : int
-    easy : bool
-        BM25 finds the relevant document too well: show it at a random place.
+    args : Namespace
+        ``window`` (passages), ``words`` (of each), ``random`` and ``spans`` (shares).
     generator : numpy Generator
     """
     queries = collection.judged()
-    for (qid, query), hits in zip(
+    ids = sorted(collection.corpus)
+    for (qid, text), hits in zip(
         queries.items(), bm25(list(queries.values()), collection.corpus, DEPTH)
     ):
         gains = collection.qrels[qid]
-        ranked = [docid for docid, _ in hits]
-        missing = [d for d, g in gains.items() if g > 0 and d not in ranked]
-        # Relevant ones that BM25 misses come last in its order.
-        ranked += [d for d in missing if d in collection.corpus][:size]
-        relevant = [d for d in ranked if gains.get(d, 0) > 0]
-        others = [d for d in ranked if gains.get(d, 0) <= 0]
+        relevant = [d for d, gain in gains.items() if gain > 0 and d in collection.corpus]
+        hard = [d for d, _ in hits if d not in relevant]
         for _ in range(each):
-            if not relevant or len(others) < size - 1:
-                break
-            count = int(min(len(relevant), generator.integers(1, 4), size - 1))
-            near = others[: 3 * size]
-            chosen = {
-                *generator.choice(relevant, count, replace=False).tolist(),
-                *generator.choice(near, size - count, replace=False).tolist(),
-            }
-            window = [d for d in ranked if d in chosen]
-            best = sorted(window, key=lambda d: -gains.get(d, 0))  # stable: then BM25's order
-            if generator.random() < 0.5:
-                generator.shuffle(window)
-            elif easy:
-                moved = best[0]
-                window.remove(moved)
-                window.insert(int(generator.integers(size)), moved)
+            best = str(generator.choice(relevant))
+            window = [best]
+            while len(window) < args.window:
+                easy = generator.random() < args.random or not hard
+                other = str(generator.choice(ids if easy else hard))
+                if other not in window and other not in relevant:
+                    window.append(other)
+            passages = {d: _plain(collection.corpus[d]).split()[: args.words] for d in window}
+            query, copied = text, False
+            if generator.random() < args.spans:
+                words = passages[best]
+                count = int(generator.integers(4, 8))
+                begin = int(generator.integers(max(1, len(words) - count)))
+                query, copied = " ".join(words[begin : begin + count]), True
+            generator.shuffle(window)
             yield {
+                "span": copied,
                 "source": source,
-                "query": query,
-                "passages": [collection.corpus[d] for d in window],
-                "ranking": [window.index(d) for d in best],
+                "query": " ".join(query.split()[:LONGEST_QUERY]) if _long(query) else query,
+                "passages": [" ".join(passages[d]) for d in window],
+                "relevance": [int(d == best) for d in window],
             }
+
+
+def _long(query: str) -> bool:
+    return len(query.split()) > LONGEST_QUERY
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.removeprefix("Title: ").split())
 
 
 def titles(collection: Collection, count: int, generator: np.random.Generator) -> Collection:
@@ -101,28 +103,30 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=data_folder())
-    parser.add_argument("--window", type=int, default=6)
-    parser.add_argument("--titles", type=int, default=200, help="titles of SciFact [200]")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=int, default=4, help="passages per window [4]")
+    parser.add_argument("--words", type=int, default=28, help="of each passage [28]")
+    parser.add_argument("--random", type=float, default=0.5, help="share of easy passages [0.5]")
+    parser.add_argument("--spans", type=float, default=0.1, help="share of copied queries [0.1]")
+    parser.add_argument("--titles", type=int, default=500, help="titles of SciFact [500]")
+    parser.add_argument("--seed", type=int, default=11)
     args = parser.parse_args()
     generator = np.random.default_rng(args.seed)
-    claims, papers = scifact_train(args.data), split(cranfield(args.data), "train")
+    claims = scifact_train(args.data)
     plan = [
-        ("xquad", xquad(args.data), 1, True),
-        ("scifact", claims, 1, True),
-        ("cranfield", papers, 2, False),
-        ("cisi", split(cisi(args.data), "train"), 4, False),
-        ("scifact-titles", titles(claims, args.titles, generator), 1, True),
+        ("xquad", xquad(args.data), 2),
+        ("scifact", claims, 2),
+        ("cranfield", split(cranfield(args.data), "train"), 2),
+        ("cisi", split(cisi(args.data), "train"), 2),
+        ("titles", titles(claims, args.titles, generator), 1),
     ]
     lines = [
         line
-        for source, collection, each, easy in plan
-        for line in windows(
-            source, collection, size=args.window, each=each, easy=easy, generator=generator
-        )
+        for source, collection, each in plan
+        for line in windows(source, collection, each=each, args=args, generator=generator)
     ]
+    generator.shuffle(lines)  # type: ignore[arg-type]
     part = args.out.with_name(args.out.name + ".part")
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
     part.replace(args.out)
     for source in dict.fromkeys(line["source"] for line in lines):
         print(source, sum(line["source"] == source for line in lines))

@@ -12,7 +12,14 @@ SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "eval_rerank.py"
 
 
 @pytest.fixture(scope="module")
-def script():
+def scripts_path():
+    sys.path.insert(0, str(SCRIPT.parent))  # as when the script is run
+    yield SCRIPT.parent
+    sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def script(scripts_path):
     spec = importlib.util.spec_from_file_location("eval_rerank", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["eval_rerank"] = module
@@ -29,14 +36,14 @@ def ndcg(rows, qrels):
 
 
 def test_dl19_gives_the_published_figure_of_bm25(script, data_dir):
-    rows, qrels = script.dl19(data_dir, 20)
+    rows, qrels = script.SETS["dl19"](data_dir, 20)
     assert len(rows) == 43 and {len(r["candidates"]) for r in rows} == {20}
     assert ndcg(rows, qrels) == pytest.approx(0.5058, abs=5e-5)
 
 
 def test_cranfield_drops_the_doubtful_judgements(script, data_dir):
     pytest.importorskip("bm25s")
-    rows, qrels = script.cranfield(data_dir, 20)
+    rows, qrels = script.SETS["cranfield"](data_dir, 20)
     assert len(rows) == 225
     counts = [sum(g == gain for d in qrels.values() for g in d.values()) for gain in (4, 3, 2, 1)]
     assert counts == [128, 387, 734, 363]  # codes 1 to 4, as the collection's notes count them
@@ -61,3 +68,27 @@ def test_kendall_tau(script):
         places = ["abcd".index(x) for x in order]
         want = scipy_stats.kendalltau(places, range(4)).statistic
         assert script.kendall_tau(order, orders[0]) == pytest.approx(want)
+
+
+def test_training_windows_hold_no_test_query(scripts_path, data_dir, tmp_path, monkeypatch):
+    pytest.importorskip("bm25s")
+    import ir_sets
+    import make_first_data
+
+    from steersman.core.reranking.examples import read_examples
+
+    out = tmp_path / "windows.jsonl"
+    arguments = ["make_first_data.py", "--data", str(data_dir), "--out", str(out), "--titles", "5"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    make_first_data.main()
+    examples = list(read_examples(out))
+    assert len(examples) > 1000
+    tested = {
+        *ir_sets.dl19(data_dir)[0].values(),
+        *ir_sets.scifact(data_dir).queries.values(),
+        *ir_sets.split(ir_sets.cranfield(data_dir), "held-out").queries.values(),
+        *ir_sets.split(ir_sets.cisi(data_dir), "held-out").queries.values(),
+    }
+    assert not tested & {example.query for example in examples}
+    relevant = next(e for e in examples if e.query.startswith("what is the basic mechanism"))
+    assert relevant.ranks is not None and sorted(relevant.ranks) == [1, 2, 2, 2]

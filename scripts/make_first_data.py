@@ -2,11 +2,11 @@
 
     python scripts/make_first_data.py --out windows.jsonl
 
-XQuAD's English questions, SciFact's training claims, half of the queries of Cranfield and CISI, and
-titles of SciFact's abstracts against their own text. Each window holds one relevant passage; the
-others are half of them drawn at random, which is easy, half of them from BM25's first hits, which is
-hard. A few queries are replaced by some words of the relevant passage itself. No query of TREC DL, of
-SciFact's test claims or of the held-out halves is touched, and no passage of MS MARCO.
+XQuAD's English questions, SciFact's training claims, half of the queries of Cranfield and CISI,
+and titles of SciFact's abstracts against their own text. Each window holds one relevant passage;
+half of the others are drawn at random, which is easy, half come from BM25's first hits, which is
+hard. A few queries are replaced by some words of the relevant passage itself. No query of TREC DL,
+of SciFact's test claims or of the held-out halves is touched, and no passage of MS MARCO.
 """
 
 from __future__ import annotations

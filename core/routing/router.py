@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidInput, MissingDependency, MissingFile, UsageError
+from ..errors import InvalidInput, UsageError
 from ..model import ModelInfo
+from ..tensor_file import read_tensors, save_tensors
 from .network import RouterShape, router_logits
 
-FORMAT, VERSION = "steersman-router", 1
-MAX_BYTES, MAX_HEADER = 1 << 30, 1 << 20
+FORMAT = "router 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,29 +68,14 @@ class Router:
 
 def save_router(router: Router, path: Path) -> None:
     """Write ``router`` as safetensors; the file appears whole or not at all."""
-    safetensors = _safetensors()
-    meta = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "router": json.dumps(
-            {
-                "shape": asdict(router.shape),
-                "threshold": router.threshold,
-                "small": router.small,
-                "target": router.target,
-                "facts": dict(router.facts),
-            }
-        ),
+    facts = {
+        "shape": asdict(router.shape),
+        "threshold": router.threshold,
+        "small": router.small,
+        "target": router.target,
+        "facts": dict(router.facts),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(dict(router.weights), part, metadata=meta)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    save_tensors(path, router.weights, facts, kind=FORMAT)
 
 
 def read_router(path: Path) -> Router:
@@ -107,62 +88,22 @@ def read_router(path: Path) -> Router:
     MissingDependency
         safetensors is not installed.
     """
-    safetensors = _safetensors()
-    _check_size(path)
+    weights, facts = read_tensors(path, kind=FORMAT, made_by="steersman train r2r")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            meta = file.metadata() or {}
-            if meta.get("format") != FORMAT:
-                raise InvalidInput(f"{path}: not a router (made by steersman train r2r)")
-            if meta.get("version") != str(VERSION):
-                raise InvalidInput(
-                    f"{path}: router format {meta.get('version')}, this program reads {VERSION}"
-                )
-            facts = json.loads(meta.get("router", ""))
-            shape = RouterShape(**facts["shape"])
-            sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if sizes != shape.parameters:
-                raise InvalidInput(f"{path}: its arrays do not fit its stated shape")
-            weights = {name: file.get_tensor(name) for name in sizes}
-        if any(w.dtype != np.float32 or not np.isfinite(w).all() for w in weights.values()):
-            raise InvalidInput(f"{path}: weights must be finite float32 numbers")
-        threshold = float(facts["threshold"])
+        shape = RouterShape(**facts["shape"])
+        if {name: array.shape for name, array in weights.items()} != shape.parameters:
+            raise InvalidInput(f"{path}: its arrays do not fit its stated shape")
+        if any(array.dtype != np.float32 for array in weights.values()):
+            raise InvalidInput(f"{path}: weights must be float32 numbers")
         return Router(
             shape=shape,
             weights=weights,
-            threshold=threshold,
+            threshold=float(facts["threshold"]),
             small=str(facts["small"]),
             target=str(facts["target"]),
             facts=dict(facts.get("facts", {})),
         )
     except InvalidInput:
         raise
-    except (UsageError, KeyError, TypeError, ValueError, RecursionError) as exc:
+    except (UsageError, KeyError, TypeError, ValueError) as exc:
         raise InvalidInput(f"{path}: not a router: {exc}") from None
-    except Exception as exc:  # safetensors' own error type
-        raise InvalidInput(f"{path}: not a safetensors file: {exc}") from None
-
-
-def _check_size(path: Path) -> None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: no such file; make one with steersman train r2r") from None
-    except OSError as exc:
-        raise InvalidInput(f"{path}: cannot be read: {exc.strerror}") from None
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if size > MAX_BYTES or not 0 < header <= min(MAX_HEADER, size):
-        raise InvalidInput(f"{path}: not a router: {size} bytes with a header of {header}")
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError:
-        raise MissingDependency(
-            "safetensors: not installed; run: pip install safetensors"
-        ) from None
-    return safetensors

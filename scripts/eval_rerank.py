@@ -138,6 +138,7 @@ def rerank(model: Any, name: str, path: Path, args: argparse.Namespace) -> Path:
         "max_words": args.max_words,
     }
     trained = "" if args.adapter is None else f"-{args.label or Path(args.adapter).name}"
+    trained += "-plain" if args.plain else ""
     if args.adapter is not None:
         said = rerank_options(args.adapter)
         if "window" in said:
@@ -290,6 +291,9 @@ def main() -> None:
     parser.add_argument(
         "--adapter", help="LoRA adapter; windows, words and wording are then those of its training"
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="with --adapter: its settings, but the model as it is"
+    )
     parser.add_argument("--label", help="name of the adapter's runs [that of its folder]")
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--dtype", default="auto")
@@ -302,7 +306,7 @@ def main() -> None:
             "backend": args.backend,
             "dtype": args.dtype,
             "threads": args.threads,
-            "adapter": args.adapter,
+            "adapter": None if args.plain else args.adapter,
         }
         with load(args.model, **options) as model:
             print(f"{model.info.name} on {model.info.backend}, {model.info.dtype}")

@@ -20,6 +20,39 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(dict(sorted(settings.items()))).encode()).hexdigest()[:16]
 
 
+def hold_job(folder: Path, job: Mapping[str, Any]) -> None:
+    """Note in ``folder`` how its texts are made, or refuse if they were made otherwise.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if needed; gets ``job.json``.
+    job : mapping
+        All that the texts depend on; JSON-able.
+
+    Raises
+    ------
+    UsageError
+        The folder holds texts of another job; the message names what differs.
+    InvalidInput
+        ``job.json`` is damaged.
+    """
+    path = folder / "job.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(job, indent=1), encoding="utf-8")
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise InvalidInput(f"{path}: damaged: {exc}; use another folder") from None
+    other = sorted(k for k in {*job, *held} if job.get(k) != held.get(k))
+    if other:
+        raise UsageError(
+            f"{folder}: holds texts made with another {', '.join(other)}; use another folder"
+        )
+
+
 class Journal:
     """Append-only JSON lines, one per finished item, each on disk before the next one starts.
 

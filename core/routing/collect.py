@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from ..api import Prompt, generate
 from ..array import to_numpy
 from ..errors import InvalidInput, UsageError
+from ..journal import hold_job
 from ..model import IntArray, Model
 from .features import NEEDS, text_features
 from .labels import Labels, answer_labels, judge_labels, mismatch_labels
@@ -209,20 +209,7 @@ def _check_job(
         **{role: m.info.fingerprint for role, m in models.items() if m is not None},
         **asdict(settings),
     }
-    path = folder / "job.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(json.dumps(job, indent=1), encoding="utf-8")
-        return
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise InvalidInput(f"{path}: damaged: {exc}; use another folder") from None
-    other = sorted(k for k in {*job, *held} if job.get(k) != held.get(k))
-    if other:
-        raise UsageError(
-            f"{folder}: holds texts made with another {', '.join(other)}; use another folder"
-        )
+    hold_job(folder, job)
 
 
 def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -17,6 +17,7 @@ from ..decode.rng import Rng
 from ..decode.sessions import Sessions
 from ..decode.types import Request, Step
 from ..errors import ContextOverflow, InvalidInput, UsageError
+from ..journal import hold_job
 from ..logits import Chain, Temperature, TopK
 from ..model import Capability, Model, Output, Tokenizer
 from ..routing.labels import last_number
@@ -292,17 +293,4 @@ def check_job(folder: Path, model: Model, settings: RolloutSettings) -> None:
     """Note in ``folder`` how its texts are made, or raise UsageError if they were otherwise."""
     job = {"model": model.info.fingerprint, **asdict(settings)}
     job.pop("rows")  # changes the time it takes, not what is drawn
-    path = folder / "job.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(json.dumps(job, indent=1), encoding="utf-8")
-        return
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise InvalidInput(f"{path}: damaged: {exc}; use another folder") from None
-    other = sorted(k for k in {*job, *held} if job.get(k) != held.get(k))
-    if other:
-        raise UsageError(
-            f"{folder}: holds texts made with another {', '.join(other)}; use another folder"
-        )
+    hold_job(folder, job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
@@ -53,7 +54,85 @@ def hold_job(folder: Path, job: Mapping[str, Any]) -> None:
         )
 
 
-class Journal:
+class SyncedLines(ABC):
+    """A file of JSON lines that one process appends to, each line on disk before the next.
+
+    Parameters
+    ----------
+    path : Path
+    anew : bool
+        Drop what the file holds.
+
+    Attributes
+    ----------
+    done : set of str
+        Items that have a record.
+
+    Raises
+    ------
+    MissingFile
+        The file cannot be written.
+    InvalidInput
+        It holds something else than this job's records.
+    UsageError
+        Another process is writing it.
+    """
+
+    def __init__(self, path: Path, *, anew: bool) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        try:
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+        except OSError as error:
+            raise MissingFile(f"{path}: cannot be written: {error.strerror or error}") from None
+        try:
+            _lock(self._file, path)
+            if anew:
+                self._file.truncate(0)
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    @abstractmethod
+    def _recover(self) -> None:
+        """Read what is there, cut a half-written end off, and stand behind the last record."""
+
+    def _put(self, line: str) -> None:
+        """Write one line and wait until it is on disk."""
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield every record, in the order they were written."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield parse_json(line.decode(), f"{self.path}:{number}")
+
+    def close(self) -> None:
+        """Close the file and let others write it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers are then the user's own affair
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"{path}: another process is writing it") from None
+
+
+class Journal(SyncedLines):
     """Append-only JSON lines, one per finished item, each on disk before the next one starts.
 
     Opening a file that an earlier run of the same job left goes on with it; a last line that a kill
@@ -81,21 +160,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.path = path
-        self.done: set[str] = set()
         self._key = settings_key(settings)
-        try:
-            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
-        except OSError as error:
-            raise MissingFile(f"{path}: cannot be written: {error.strerror or error}") from None
-        try:
-            _lock(self._file, path)
-            if overwrite:
-                self._file.truncate(0)
-            self._recover()
-        except BaseException:
-            self._file.close()
-            raise
+        super().__init__(path, anew=overwrite)
 
     def _recover(self) -> None:
         good = 0
@@ -118,35 +184,5 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record, which has an ``id``, and wait until it is on disk."""
-        text = json.dumps({**record, KEY: self._key}, ensure_ascii=False, allow_nan=False)
-        self._file.write(text.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._put(json.dumps({**record, KEY: self._key}, ensure_ascii=False, allow_nan=False))
         self.done.add(str(record["id"]))
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Yield every record, in the order they were written."""
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield parse_json(line.decode(), f"{self.path}:{number}")
-
-    def close(self) -> None:
-        """Close the file and let others write it."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this platform
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"{path}: another process is writing it") from None

@@ -14,12 +14,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import numpy as np
 
 from ..decode.rng import Rng
 from ..errors import InvalidInput, MissingFile, SteersmanError, UsageError
+from ..journal import SyncedLines
 from ..model import ModelInfo
 from .batch import ahead, rank_each
 from .io import Request, dump_line, parse_json, result_record
@@ -79,7 +80,7 @@ def digest_files(paths: Iterable[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-class RecordLog:
+class RecordLog(SyncedLines):
     """Append-only JSON lines, one per finished query, synced one by one.
 
     Parameters
@@ -114,23 +115,10 @@ class RecordLog:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.path = path
         self._settings = json.loads(json.dumps(settings))
-        self.done: set[str] = set()
         if not resume and not overwrite:
             refuse_existing(path)
-        try:
-            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
-        except OSError as error:
-            raise MissingFile(f"{path}: cannot be written: {error.strerror or error}") from None
-        try:
-            _lock(self._file, path)
-            if overwrite and not resume:
-                self._file.truncate(0)
-            self._recover()
-        except BaseException:
-            self._file.close()
-            raise
+        super().__init__(path, anew=overwrite and not resume)
 
     def _recover(self) -> None:
         """Read what is there, cut a half-written end off, and stand behind the last record."""
@@ -175,26 +163,8 @@ class RecordLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and wait until it is on disk."""
         info = {**record["rerank"], "settings": self._settings}
-        self._file.write(dump_line({**record, "rerank": info}).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._put(dump_line({**record, "rerank": info}).removesuffix("\n"))
         self.done.add(str(record["query"]["qid"]))
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Yield every record, in the order they were written."""
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield parse_json(line.decode(), f"{self.path}:{number}")
-
-    def close(self) -> None:
-        """Close the file and let others write it."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def refuse_existing(path: Path) -> None:
@@ -203,17 +173,6 @@ def refuse_existing(path: Path) -> None:
         raise UsageError(
             f"{path}: exists; give --resume to continue it or --overwrite to replace it"
         )
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two writers are then the user's own affair
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"{path}: another process is writing it") from None
 
 
 def write_run_from_log(log: RecordLog, path: Path, *, tag: str) -> int:

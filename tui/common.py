@@ -93,7 +93,9 @@ def collect(names: Sequence[str], into: str, build: Callable[..., Any]) -> Calla
     return decorate
 
 
-def _stack(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+def stack(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return one decorator that does what ``decorators`` do, written in this order."""
+
     def decorate(function: F) -> F:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -203,9 +205,9 @@ _model_flags = (
     option("--adapter", metavar="FOLDER|NAME", help="LoRA adapter to merge into the weights."),
     option("--offline", is_flag=True, help="Never ask the hub."),
 )  # fmt: skip
-model_options = _stack(collect(_MODEL_NAMES, "model_args", ModelArgs), *_model_flags)
+model_options = stack(collect(_MODEL_NAMES, "model_args", ModelArgs), *_model_flags)
 # For commands that run a strategy, which may have roles beside the target.
-models_options = _stack(
+models_options = stack(
     collect([*_MODEL_NAMES, "draft_model", "model_for"], "model_args", _with_roles),
     *_model_flags,
     option(
@@ -328,7 +330,7 @@ def _sampling(**values: Any) -> SamplingArgs:
     return SamplingArgs(**values, origins={name: origin(name) for name in values})
 
 
-sampling_options = _stack(
+sampling_options = stack(
     collect(
         ["profile", "option", "temp", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop",
          "truncate"],
@@ -411,7 +413,7 @@ debug_option = option(
     help="Show a traceback when something unexpected fails.",
 )  # fmt: skip
 
-output_options = _stack(
+output_options = stack(
     option("--json", is_flag=True, expose_value=False, is_eager=True, callback=_set_json,
            help="One JSON object on stdout; the same as --output json."),
     option("--output", type=click.Choice(["text", "json"]), expose_value=False, is_eager=True,

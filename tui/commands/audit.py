@@ -11,8 +11,15 @@ from steersman.core.errors import UsageError
 
 from .. import common, output
 from ..envelope import INVALID, PARTIAL
-
-_PATH = click.Path(path_type=Path)
+from ..options import (
+    FILE,
+    WIDE,
+    file_option,
+    overwrite_option,
+    refuse_existing,
+    require_safetensors,
+    whole,
+)
 
 
 @click.group("audit")
@@ -23,15 +30,9 @@ def command() -> None:
     """
 
 
-_overwrite = common.option("--overwrite", is_flag=True, help="Replace files that are there.")
+_overwrite = overwrite_option()
 _share = common.option("--share", type=common.Finite(1e-6, 1), default=0.1,
                        help="Of the blocks, two at least [0.1].")  # fmt: skip
-
-
-def _fresh(*paths: Path, overwrite: bool) -> None:
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path}: exists; choose another name or give --overwrite")
 
 
 def _say(envelope: common.Envelope, rows: list[list[Any]]) -> None:
@@ -41,33 +42,14 @@ def _say(envelope: common.Envelope, rows: list[list[Any]]) -> None:
             output.note(f"{kind}: {path}")
 
 
-@command.command("commit", context_settings={"max_content_width": 100})
-@click.argument("trace", metavar="TRACE", type=_PATH)
-@common.option(
-    "--receipt",
-    required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
-    help="For the auditor (.json).",
-)
-@common.option(
-    "--opening",
-    required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
-    help="To be kept by the provider (.safetensors).",
-)
-@common.option(
-    "--block",
-    type=common.Finite(1, 1 << 20, whole=True),
-    default=256,
-    help="Tokens per block [256].",
-)
+@command.command("commit", context_settings=WIDE)
+@click.argument("trace", metavar="TRACE", type=FILE)
+@file_option("--receipt", required=True, help="For the auditor (.json).")
+@file_option("--opening", required=True, help="To be kept by the provider (.safetensors).")
+@common.option("--block", type=whole(1, 1 << 20), default=256, help="Tokens per block [256].")
 @common.option(
     "--embedding-layer",
-    type=common.Finite(0, 4096, whole=True),
+    type=whole(0, 4096),
     default=0,
     help="Vectors are means of states after this many layers; 0: of the tokens' embeddings [0].",
 )
@@ -94,9 +76,8 @@ def commit_command(
     """  # fmt: skip
     with common.Envelope("audit commit") as envelope:
         envelope.inputs = {"trace": trace, "block": block, "embedding_layer": embedding_layer}
-        _fresh(receipt, opening, overwrite=overwrite)
-        if opening.suffix != ".safetensors":
-            raise UsageError(f"--opening {opening}: must end in .safetensors")
+        refuse_existing(receipt, opening, overwrite=overwrite)
+        require_safetensors("--opening", opening)
         from steersman.core.audit import Embedder, commit, files, fingerprints
         from steersman.core.audit.traces import parse_trace
 
@@ -117,28 +98,21 @@ def commit_command(
                         ["blocks", made.block_count], ["digest", made.digest.hex()]])  # fmt: skip
 
 
-@command.command("ask", context_settings={"max_content_width": 100})
-@click.argument("receipt", metavar="RECEIPT", type=_PATH)
-@common.option(
-    "--out", required=True, type=_PATH, metavar="FILE", envvar=None, help="The challenge (.json)."
-)
+@command.command("ask", context_settings=WIDE)
+@click.argument("receipt", metavar="RECEIPT", type=FILE)
+@file_option("--out", required=True, help="The challenge (.json).")
 @_share
-@common.option(
-    "--tokens",
-    type=common.Finite(1, 1 << 20, whole=True),
-    default=16,
-    help="Of each of these blocks [16].",
-)
+@common.option("--tokens", type=whole(1, 1 << 20), default=16, help="Of each of these blocks [16].")
 @common.option(
     "--round",
     "number",
-    type=common.Finite(1, 64, whole=True),
+    type=whole(1, 64),
     default=1,
     help="Each further round doubles both [1].",
 )
 @common.option(
     "--seed",
-    type=common.Finite(0, 2**64 - 1, whole=True),
+    type=whole(0, 2**64 - 1),
     help="Of the choice; who can guess it can cheat [drawn from the system].",
 )
 @_overwrite
@@ -150,7 +124,7 @@ def ask_command(
     """Draw the tokens that the provider of RECEIPT has to show, after it has committed."""
     with common.Envelope("audit ask") as envelope:
         envelope.inputs = {"receipt": receipt, "share": share, "tokens": tokens, "round": number}
-        _fresh(out, overwrite=overwrite)
+        refuse_existing(out, overwrite=overwrite)
         from steersman.core.audit import ask, files
 
         held = files.read_receipt(receipt)
@@ -161,20 +135,13 @@ def ask_command(
         _say(envelope, [["tokens asked for", f"{len(challenge.indices)} of {held.count}"]])
 
 
-@command.command("prove", context_settings={"max_content_width": 100})
-@click.argument("opening", metavar="OPENING", type=_PATH)
-@common.option("--challenge", required=True, type=_PATH, metavar="FILE", envvar=None)
-@common.option(
-    "--out",
-    required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
-    help="The proof (.safetensors).",
-)
+@command.command("prove", context_settings=WIDE)
+@click.argument("opening", metavar="OPENING", type=FILE)
+@file_option("--challenge", required=True)
+@file_option("--out", required=True, help="The proof (.safetensors).")
 @common.option(
     "--most",
-    type=common.Finite(1, 1 << 30, whole=True),
+    type=whole(1, 1 << 30),
     help="Refuse to show more tokens than this: vectors tell something of the text.",
 )
 @_overwrite
@@ -185,9 +152,8 @@ def prove_command(
     """Show the fingerprints that a challenge asks for, with their paths to the root."""
     with common.Envelope("audit prove") as envelope:
         envelope.inputs = {"opening": opening, "challenge": challenge}
-        _fresh(out, overwrite=overwrite)
-        if out.suffix != ".safetensors":
-            raise UsageError(f"--out {out}: must end in .safetensors")
+        refuse_existing(out, overwrite=overwrite)
+        require_safetensors("--out", out)
         from steersman.core.audit import files, prove
 
         prints, receipt = files.read_opening(opening)
@@ -199,23 +165,13 @@ def prove_command(
                         ["hashes per token", proof.siblings.shape[1]]])  # fmt: skip
 
 
-@command.command("check", context_settings={"max_content_width": 100})
-@click.argument("receipt", metavar="RECEIPT", type=_PATH)
-@common.option("--challenge", required=True, type=_PATH, metavar="FILE", envvar=None)
-@common.option("--proof", required=True, type=_PATH, metavar="FILE", envvar=None)
-@common.option(
-    "--answer",
-    required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
-    help="The visible answer, as text, to the last byte.",
-)
-@common.option(
+@command.command("check", context_settings=WIDE)
+@click.argument("receipt", metavar="RECEIPT", type=FILE)
+@file_option("--challenge", required=True)
+@file_option("--proof", required=True)
+@file_option("--answer", required=True, help="The visible answer, as text, to the last byte.")
+@file_option(
     "--heads",
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
     help="Made by steersman train coin [the number of tokens is checked alone].",
 )
 @common.model_options

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from .. import common, output
+from ..options import FILE, whole
 from ..rerank_job import Problems
 
 
 @click.command("eval")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("qrels", type=click.Path(path_type=Path))
+@click.argument("run", type=FILE)
+@click.argument("qrels", type=FILE)
 @common.option(
     "-m",
     "--measure",
@@ -25,13 +26,13 @@ from ..rerank_job import Problems
 )
 @common.option(
     "--compare",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="RUN",
     help="Another run: the paired difference to it, with interval and p-value.",
 )
 @common.option(
     "--collection",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Tell which judged documents are not in it: id<TAB>text, or JSON lines with _id.",
 )
@@ -41,16 +42,11 @@ from ..rerank_job import Problems
 )
 @common.option(
     "--samples",
-    type=common.Finite(100, 1_000_000, whole=True),
+    type=whole(100, 1_000_000),
     default=10_000,
     help="Resamples for intervals and p-value [10000].",
 )
-@common.option(
-    "--seed",
-    type=common.Finite(0, 2**64 - 1, whole=True),
-    default=0,
-    help="Of the resampling [0].",
-)
+@common.option("--seed", type=whole(0, 2**64 - 1), default=0, help="Of the resampling [0].")
 @common.output_options
 def command(
     run: Path,

@@ -18,25 +18,19 @@ from steersman.core.errors import Cancelled, InvalidInput, UsageError
 from .. import common, output
 from ..envelope import INVALID, PARTIAL
 from ..interrupts import ctrl_c_cancels
+from ..options import FILE, file_option, overwrite_option, whole
 
 if TYPE_CHECKING:
     from steersman.core.retrieval import Document, Index, PromptReps
 
-_FILE = click.Path(path_type=Path)
 _SHOWN_PROBLEMS = 20
 
 
-def whole(low: int, high: int = 1 << 31) -> common.Finite:
-    return common.Finite(low, high, whole=True)
-
-
 @click.command("index")
-@click.argument("docs", nargs=-1, required=True, metavar="DOCS...", type=_FILE)
-@common.option(
-    "--out", type=_FILE, metavar="FOLDER", required=True, envvar=None, help="Folder of the index."
-)
+@click.argument("docs", nargs=-1, required=True, metavar="DOCS...", type=FILE)
+@file_option("--out", metavar="FOLDER", required=True, help="Folder of the index.")
 @common.option("--add", is_flag=True, envvar=None, help="Add to an index that is there.")
-@common.option("--overwrite", is_flag=True, help="Replace an index that is there.")
+@overwrite_option("Replace an index that is there.")
 @common.option("--no-dense", is_flag=True, help="Bags of words only, no vectors.")
 @common.option(
     "--passage-tokens",
@@ -65,7 +59,7 @@ def whole(low: int, high: int = 1 << 31) -> common.Finite:
     help="Subtract the median logit first, for models with few positive ones.",
 )
 @common.option(
-    "--prompt-file", type=_FILE, metavar="FILE", help="YAML with the wording: system, text, answer."
+    "--prompt-file", type=FILE, metavar="FILE", help="YAML with the wording: system, text, answer."
 )
 @common.option(
     "--batch-size", type=whole(1, 4096), default=8, help="Texts per call of the model [8]."

@@ -16,18 +16,18 @@ from steersman.core.errors import MissingFile, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
-from .index import Problems, as_indexed, whole
+from ..options import FILE, overwrite_option, refuse_existing, whole
+from .index import Problems, as_indexed
 
 if TYPE_CHECKING:
     from steersman.core.retrieval import Document, Hit, Searcher
 
-_FILE = click.Path(path_type=Path)
 HITS, SHOWN_HITS = 100, 10
 
 
 @click.command("search")
-@click.argument("index", type=_FILE)
-@click.argument("queries", required=False, type=_FILE, metavar="[QUERIES]")
+@click.argument("index", type=FILE)
+@click.argument("queries", required=False, type=FILE, metavar="[QUERIES]")
 @common.option(
     "-Q",
     "--query",
@@ -70,18 +70,18 @@ HITS, SHOWN_HITS = 100, 10
 )
 @common.option(
     "--output-jsonl-file",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="Requests for steersman rerank as JSON lines.",
 )
 @common.option(
     "--output-trec-file",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="A TREC run with strictly falling scores.",
 )
 @common.option("--tag", default="steersman", help="Last column of the run [steersman].")
-@common.option("--overwrite", is_flag=True, help="Replace existing output.")
+@overwrite_option("Replace existing output.")
 @common.model_options
 @common.output_options
 def command(
@@ -111,9 +111,7 @@ def command(
         outputs = [p for p in (given["output_jsonl_file"], given["output_trec_file"]) if p]
         if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
             raise UsageError(f"{outputs[0]}: two outputs cannot go to one file")
-        for path in outputs:
-            if path.exists() and not given["overwrite"]:
-                raise UsageError(f"{path}: exists; choose another name or give --overwrite")
+        refuse_existing(*outputs, overwrite=given["overwrite"])
         _run(index, queries, query, model_args, given, envelope, stack)
 
 

@@ -10,6 +10,7 @@ import click
 from steersman.core.errors import UsageError
 
 from .. import common, output
+from ..options import FILE, WIDE, overwrite_option, refuse_existing, whole
 
 if TYPE_CHECKING:
     from steersman.core.slop import Human, SlopProfile
@@ -23,8 +24,8 @@ def command() -> None:
     """Find a model's over-used words and phrases."""
 
 
-@command.command("profile", context_settings={"max_content_width": 100})
-@click.argument("texts", nargs=-1, metavar="[TEXTS]...", type=click.Path(path_type=Path))
+@command.command("profile", context_settings=WIDE)
+@click.argument("texts", nargs=-1, metavar="[TEXTS]...", type=FILE)
 @common.option(
     "--prompts",
     metavar="FILE",
@@ -36,44 +37,40 @@ def command() -> None:
 @common.option(
     "--human",
     "human_file",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Published profile of human writing (slop-forensics JSON) for n-grams.",
 )
 @common.option(
     "--human-text",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Count these human texts instead; may be repeated.",
 )
 @common.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Write a profile that bans what was found (NAME.yaml); run it with --profile FILE.",
 )
 @common.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Plot as PNG, SVG or PDF [with --out: NAME.svg where matplotlib is installed].",
 )
 @common.option(
     "--allow",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Words and phrases to leave alone, one per line.",
 )
-@common.option(
-    "--words", type=common.Finite(0, 10_000, whole=True), default=100, help="Words to ban [100]."
-)
-@common.option(
-    "--phrases", type=common.Finite(0, 10_000, whole=True), default=50, help="Phrases to ban [50]."
-)
+@common.option("--words", type=whole(0, 10_000), default=100, help="Words to ban [100].")
+@common.option("--phrases", type=whole(0, 10_000), default=50, help="Phrases to ban [50].")
 @common.option(
     "--ngrams",
-    type=common.Finite(0, 10_000, whole=True),
+    type=whole(0, 10_000),
     default=0,
     help="Bigrams and trigrams to ban, stopwords between them ignored [0].",
 )
@@ -85,14 +82,14 @@ def command() -> None:
 )
 @common.option(
     "--min-texts",
-    type=common.Finite(1, 1e6, whole=True),
+    type=whole(1, 1_000_000),
     default=3,
     help="Leave out what occurs in fewer texts [3].",
 )
 @common.option(
     "--factor", type=common.Finite(0, 1), default=0.0, help="Of the ban: 0 never, 1 no ban [0]."
 )
-@common.option("--overwrite", is_flag=True, help="Replace files that are there.")
+@overwrite_option()
 @common.model_options
 @common.sampling_options
 @common.output_options
@@ -132,7 +129,7 @@ def profile_command(
         if human_file is not None and human_text:
             raise UsageError("--human: not together with --human-text")
         plot = _plot_path(out, plot, envelope)
-        _refuse_existing(out, plot, overwrite=overwrite)
+        refuse_existing(out, plot, overwrite=overwrite)
         if prompts is not None:
             store = _store(prompts, out)
             _write_texts(prompts, store, chat, model_args, sampling, envelope)
@@ -177,12 +174,6 @@ def _plot_path(out: Path | None, plot: Path | None, envelope: common.Envelope) -
         envelope.warn('no plot: matplotlib is not installed (pip install "steersman[plots]")')
         return None
     return out.with_suffix(".svg")
-
-
-def _refuse_existing(*paths: Path | None, overwrite: bool) -> None:
-    for path in paths:
-        if path is not None and path.exists() and not overwrite:
-            raise UsageError(f"{path}: exists; choose another name or give --overwrite")
 
 
 def _store(prompts: str, out: Path | None) -> Path:

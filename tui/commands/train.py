@@ -11,6 +11,16 @@ from steersman.core.errors import InvalidInput, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from ..options import (
+    WIDE,
+    file_option,
+    learning_rate_option,
+    overwrite_option,
+    refuse_existing,
+    require_safetensors,
+    train_device_option,
+    whole,
+)
 from .train_coin import coin
 from .train_first import first
 from .train_value import value
@@ -30,7 +40,7 @@ command.add_command(coin)
 command.add_command(value)
 
 
-@command.command("r2r", context_settings={"max_content_width": 100})
+@command.command("r2r", context_settings=WIDE)
 @common.option(
     "--prompts",
     required=True,
@@ -39,22 +49,13 @@ command.add_command(value)
     help="Prompts as generate --jsonl takes them; some hundred.",
 )
 @common.option("--chat", is_flag=True, help="Send the prompts as chat messages.")
-@common.option(
+@file_option(
     "--work",
     required=True,
-    type=click.Path(path_type=Path),
     metavar="FOLDER",
-    envvar=None,
     help="Texts and features are kept here; a stopped run goes on.",
 )
-@common.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    envvar=None,
-    help="The router (.safetensors).",
-)
+@file_option("--out", required=True, help="The router (.safetensors).")
 @common.option(
     "--labels",
     type=click.Choice(["mismatch", "answer", "judge"]),
@@ -66,58 +67,51 @@ command.add_command(value)
 @common.option(
     "-n",
     "--max-tokens",
-    type=common.Finite(1, 1 << 20, whole=True),
+    type=whole(1, 1 << 20),
     default=256,
     help="Of the large model's texts [256].",
 )
 @common.option(
     "--continuation",
-    type=common.Finite(1, 1 << 20, whole=True),
+    type=whole(1, 1 << 20),
     default=128,
     help="Most tokens of a continuation, for answer and judge [128].",
 )
 @common.option(
     "--checks",
-    type=common.Finite(1, 10_000, whole=True),
+    type=whole(1, 10_000),
     default=12,
     help="Differing tokens per text that are tried or judged [12].",
 )
 @common.option(
     "--width",
-    type=common.Finite(1, 65_536, whole=True),
+    type=whole(1, 65_536),
     default=128,
     help="Of the router's network; the paper's is 1024 [128].",
 )
 @common.option(
     "--blocks",
-    type=common.Finite(1, 64, whole=True),
+    type=whole(1, 64),
     default=2,
     help="Of the network; the paper's has 6 [2].",
 )
-@common.option(
-    "--epochs", type=common.Finite(1, 10_000, whole=True), default=50, help="Most epochs [50]."
-)
+@common.option("--epochs", type=whole(1, 10_000), default=50, help="Most epochs [50].")
 @common.option(
     "--batch",
-    type=common.Finite(1, 1 << 20, whole=True),
+    type=whole(1, 1 << 20),
     default=256,
     help="Tokens per step; the paper's is 1024 [256].",
 )
-@common.option(
-    "--learning-rate",
-    type=common.Finite(1e-9, 1),
-    default=5e-4,
-    help="Of AdamW; the paper's large network takes 5e-5 [5e-4].",
-)
+@learning_rate_option(5e-4, "Of AdamW; the paper's large network takes 5e-5 [5e-4].")
 @common.option(
     "--recall",
     type=common.Finite(0.01, 1),
     default=0.95,
     help="Share of divergent tokens that the threshold must catch [0.95].",
 )
-@common.option("--seed", type=common.Finite(0, 2**63 - 1, whole=True), default=0, help="[0].")
-@common.option("--train-device", metavar="cpu|cuda", default="cpu", help="For the training [cpu].")
-@common.option("--overwrite", is_flag=True, help="Replace a router that is there.")
+@common.option("--seed", type=whole(0, 2**63 - 1), default=0, help="[0].")
+@train_device_option
+@overwrite_option("Replace a router that is there.")
 @common.models_options
 @common.output_options
 def r2r(
@@ -153,10 +147,8 @@ def r2r(
     """  # fmt: skip
     with common.Envelope("train r2r") as envelope:
         envelope.inputs = {"prompts": prompts, "work": work, "out": out, "labels": labels}
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out}: exists; choose another name or give --overwrite")
-        if out.suffix != ".safetensors":
-            raise UsageError(f"--out {out}: must end in .safetensors")
+        refuse_existing(out, overwrite=overwrite)
+        require_safetensors("--out", out)
         if (labels == "judge") != (judge is not None):
             raise UsageError("--judge: goes with --labels judge, and the other way round")
         from steersman.core.backend import trainer

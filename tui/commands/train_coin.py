@@ -7,51 +7,41 @@ from typing import Any
 
 import click
 
-from steersman.core.errors import InvalidInput, UsageError
+from steersman.core.errors import InvalidInput
 
 from .. import common, output
+from ..options import (
+    WIDE,
+    file_option,
+    learning_rate_option,
+    overwrite_option,
+    refuse_existing,
+    require_safetensors,
+    whole,
+)
 
-_PATH = click.Path(path_type=Path)
 
-
-@click.command("coin", context_settings={"max_content_width": 100})
-@common.option(
+@click.command("coin", context_settings=WIDE)
+@file_option(
     "--traces",
     required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
     help='JSON lines: {"reasoning", "answer", "question"}; some hundred questions.',
 )
-@common.option(
-    "--out",
-    required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
-    help="The heads (.safetensors).",
-)
+@file_option("--out", required=True, help="The heads (.safetensors).")
 @common.option(
     "--block",
-    type=common.Finite(1, 1 << 20, whole=True),
+    type=whole(1, 1 << 20),
     default=256,
     help="Tokens per block, as in audit commit [256].",
 )
-@common.option(
-    "--embedding-layer",
-    type=common.Finite(0, 4096, whole=True),
-    default=0,
-    help="As in audit commit [0].",
-)
-@common.option(
-    "--epochs", type=common.Finite(0, 10_000, whole=True), default=3, help="Of each head [3]."
-)
-@common.option("--batch", type=common.Finite(1, 1 << 20, whole=True), default=128, help="[128].")
-@common.option("--learning-rate", type=common.Finite(1e-9, 1), default=1e-3, help="Of Adam [1e-3].")
+@common.option("--embedding-layer", type=whole(0, 4096), default=0, help="As in audit commit [0].")
+@common.option("--epochs", type=whole(0, 10_000), default=3, help="Of each head [3].")
+@common.option("--batch", type=whole(1, 1 << 20), default=128, help="[128].")
+@learning_rate_option(1e-3, "Of Adam [1e-3].")
 @common.option("--gamma", type=common.Finite(0, 100), default=2.0, help="Of the focal loss [2].")
 @common.option(
     "--verdict-steps",
-    type=common.Finite(0, 1_000_000, whole=True),
+    type=whole(0, 1_000_000),
     default=300,
     help="Of the set network; 0: decide by the two means [300].",
 )
@@ -67,20 +57,15 @@ _PATH = click.Path(path_type=Path)
     default=0.1,
     help="Of the blocks that will be asked for [0.1].",
 )
-@common.option(
-    "--tokens",
-    type=common.Finite(1, 1 << 20, whole=True),
-    default=16,
-    help="Of each such block [16].",
-)
+@common.option("--tokens", type=whole(1, 1 << 20), default=16, help="Of each such block [16].")
 @common.option(
     "--centred",
     is_flag=True,
     help="Take the mean vector off before matching: sharper between topics, blind to "
     "random tokens.",
 )
-@common.option("--seed", type=common.Finite(0, 2**63 - 1, whole=True), default=42, help="[42].")
-@common.option("--overwrite", is_flag=True, help="Replace heads that are there.")
+@common.option("--seed", type=whole(0, 2**63 - 1), default=42, help="[42].")
+@overwrite_option("Replace heads that are there.")
 @common.model_options
 @common.output_options
 def coin(
@@ -99,10 +84,8 @@ def coin(
     """  # fmt: skip
     with common.Envelope("train coin") as envelope:
         envelope.inputs = {"traces": traces, "out": out, "block": block, **settings}
-        if out.suffix != ".safetensors":
-            raise UsageError(f"--out {out}: must end in .safetensors")
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out}: exists; choose another name or give --overwrite")
+        require_safetensors("--out", out)
+        refuse_existing(out, overwrite=overwrite)
         from steersman.core.audit import Embedder
         from steersman.core.audit.traces import prepare, read_traces
         from steersman.core.backend import trainer

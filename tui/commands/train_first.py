@@ -14,16 +14,11 @@ from steersman.core.errors import InvalidInput, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from ..options import WIDE, file_option, learning_rate_option, whole
 
 if TYPE_CHECKING:
     from steersman.core.reranking.encoding import PromptEncoder
     from steersman.core.reranking.examples import EncodedExample
-
-_FILE = click.Path(path_type=Path)
-
-
-def _whole(low: int, high: int = 1 << 31) -> common.Finite:
-    return common.Finite(low, high, whole=True)
 
 
 def _option(*names: str, **settings: Any) -> Any:
@@ -31,16 +26,16 @@ def _option(*names: str, **settings: Any) -> Any:
 
 
 _DATA = (
-    _option("--data", "data", type=_FILE, multiple=True, required=True, metavar="FILE",
-            help="JSON lines: query, passages, and ranking (places, best first) or relevance "
-            "(numbers). May be given several times."),
-    _option("--out", type=_FILE, required=True, metavar="FOLDER",
-            help="Gets adapter/ (or model/), checkpoint/, losses.jsonl and loss.svg; a stopped "
-            "run goes on."),
-    _option("--prompt-file", type=_FILE, metavar="FILE",
-            help="YAML with the wording, as for rerank; kept with the adapter."),
-    _option("--max-words", type=_whole(1), default=100, help="Words kept of each passage [100]."),
-    _option("--max-length", type=_whole(16), default=2048,
+    file_option("--data", "data", multiple=True, required=True,
+                help="JSON lines: query, passages, and ranking (places, best first) or relevance "
+                "(numbers). May be given several times."),
+    file_option("--out", required=True, metavar="FOLDER",
+                help="Gets adapter/ (or model/), checkpoint/, losses.jsonl and loss.svg; a stopped "
+                "run goes on."),
+    file_option("--prompt-file",
+                help="YAML with the wording, as for rerank; kept with the adapter."),
+    _option("--max-words", type=whole(1), default=100, help="Words kept of each passage [100]."),
+    _option("--max-length", type=whole(16), default=2048,
             help="Tokens of an example; passages are cut further where needed [2048]."),
 )  # fmt: skip
 
@@ -51,34 +46,28 @@ _TRAINING = (
             help="Of the ranking loss beside the language-model loss [10, 1, 1, 0.1]."),
     _option("--lm-weight", type=common.Finite(0, 1e6), default=1.0,
             help="Of the language-model loss on the written ranking [1]."),
-    _option("--steps", type=_whole(1), help="Updates [one round through the data]."),
-    _option("--batch", type=_whole(1), default=1, help="Examples per pass [1]."),
-    _option("--accumulation", type=_whole(1), default=8, help="Passes per update [8]."),
-    _option("--learning-rate", type=common.Finite(1e-9, 1), default=2e-4,
-            help="Of AdamW; a full fine-tune wants less, 5e-6 in the paper [2e-4]."),
-    _option("--warmup", type=_whole(0), default=20, help="Updates of linear warm-up [20]."),
+    _option("--steps", type=whole(1), help="Updates [one round through the data]."),
+    _option("--batch", type=whole(1), default=1, help="Examples per pass [1]."),
+    _option("--accumulation", type=whole(1), default=8, help="Passes per update [8]."),
+    learning_rate_option(2e-4, "Of AdamW; a full fine-tune wants less, 5e-6 in the paper [2e-4].",
+                         envvar=None),
+    _option("--warmup", type=whole(0), default=20, help="Updates of linear warm-up [20]."),
     _option("--weight-decay", type=common.Finite(0, 10), default=0.0, help="[0]."),
     _option("--neftune", type=common.Finite(0, 1000), default=0.0,
             help="Noise on the embeddings; 5 in the paper [0]."),
-    _option("--lora-rank", type=_whole(0, 4096), default=16,
+    _option("--lora-rank", type=whole(0, 4096), default=16,
             help="Of the adapter; 0 trains all weights [16]."),
-    _option("--lora-alpha", type=_whole(1), help="[twice the rank]."),
-    _option("--last-layers", type=_whole(1), help="Train only the last N layers [all]."),
+    _option("--lora-alpha", type=whole(1), help="[twice the rank]."),
+    _option("--last-layers", type=whole(1), help="Train only the last N layers [all]."),
     _option("--checkpointing", is_flag=True,
             help="Compute activations twice instead of keeping them: less memory, more time."),
-    _option("--save-every", type=_whole(1), default=25, help="Updates between checkpoints [25]."),
-    _option("--seed", type=_whole(0), default=42, help="[42]."),
+    _option("--save-every", type=whole(1), default=25, help="Updates between checkpoints [25]."),
+    _option("--seed", type=whole(0), default=42, help="[42]."),
 )  # fmt: skip
 
 
-def _options(function: Any) -> Any:
-    for decorate in reversed((*_DATA, *_TRAINING)):
-        function = decorate(function)
-    return function
-
-
-@click.command("first", context_settings={"max_content_width": 100})
-@_options
+@click.command("first", context_settings=WIDE)
+@common.stack(*_DATA, *_TRAINING)
 @common.model_options
 @common.output_options
 def first(model_args: common.ModelArgs, data: tuple[Path, ...], out: Path, **given: Any) -> None:

@@ -12,17 +12,23 @@ from steersman.core.errors import InvalidInput, UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
+from ..options import (
+    WIDE,
+    file_option,
+    learning_rate_option,
+    overwrite_option,
+    refuse_existing,
+    require_safetensors,
+    train_device_option,
+    whole,
+)
 
 if TYPE_CHECKING:
     from steersman.core.values import ValueHead
     from steersman.core.values.rollouts import Question, Rollout, RolloutSettings
 
 
-def _whole(low: int, high: int = 1 << 31) -> common.Finite:
-    return common.Finite(low, high, whole=True)
-
-
-@click.command("value", context_settings={"max_content_width": 100})
+@click.command("value", context_settings=WIDE)
 @common.option(
     "--data",
     required=True,
@@ -31,34 +37,25 @@ def _whole(low: int, high: int = 1 << 31) -> common.Finite:
     help='Lines as generate --jsonl takes them, each with an "answer" beside the prompt.',
 )
 @common.option("--chat", is_flag=True, help="Send prompts as chat messages.")
-@common.option(
+@file_option(
     "--work",
     required=True,
-    type=click.Path(path_type=Path),
     metavar="FOLDER",
-    envvar=None,
     help="Texts, hidden states and the checkpoint are kept here; a stopped run goes on.",
 )
+@file_option("--out", required=True, help="The head (.safetensors).")
 @common.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    envvar=None,
-    help="The head (.safetensors).",
+    "--samples", type=whole(2, 10_000), default=32, help="Texts per question; OVM has 100 [32]."
 )
-@common.option(
-    "--samples", type=_whole(2, 10_000), default=32, help="Texts per question; OVM has 100 [32]."
-)
-@common.option("--rows", type=_whole(1, 256), default=16, help="Sampled side by side [16].")
-@common.option("-n", "--max-tokens", type=_whole(1, 1 << 20), default=24, help="Of a text [24].")
+@common.option("--rows", type=whole(1, 256), default=16, help="Sampled side by side [16].")
+@common.option("-n", "--max-tokens", type=whole(1, 1 << 20), default=24, help="Of a text [24].")
 @common.option(
     "--temperature",
     type=common.Finite(0.01, 100),
     default=0.7,
     help="Texts are sampled with; decode with the same [0.7].",
 )
-@common.option("--top-k", type=_whole(0), default=50, help="Likewise; 0: all tokens [50].")
+@common.option("--top-k", type=whole(0), default=50, help="Likewise; 0: all tokens [50].")
 @common.option(
     "--match",
     type=click.Choice(["number", "text"]),
@@ -73,11 +70,11 @@ def _whole(low: int, high: int = 1 << 31) -> common.Finite:
     "whether its step can still end well [token].",
 )
 @common.option("--delimiter", default="\n", help="Ends a step, for --labels step [newline].")
-@common.option("--layer", type=_whole(0, 10_000), help="Hidden state that is read [the last].")
-@common.option("--width", type=_whole(0, 65_536), default=0, help="Hidden units; 0: linear [0].")
-@common.option("--epochs", type=_whole(1, 100_000), default=40, help="[40].")
-@common.option("--batch", type=_whole(1), default=256, help="Prefixes per step [256].")
-@common.option("--learning-rate", type=common.Finite(1e-9, 1), default=1e-3, help="[1e-3].")
+@common.option("--layer", type=whole(0, 10_000), help="Hidden state that is read [the last].")
+@common.option("--width", type=whole(0, 65_536), default=0, help="Hidden units; 0: linear [0].")
+@common.option("--epochs", type=whole(1, 100_000), default=40, help="[40].")
+@common.option("--batch", type=whole(1), default=256, help="Prefixes per step [256].")
+@learning_rate_option(1e-3, "[1e-3].")
 @common.option("--dropout", type=common.Finite(0, 0.99), default=0.2, help="[0.2].")
 @common.option(
     "--validation",
@@ -85,9 +82,9 @@ def _whole(low: int, high: int = 1 << 31) -> common.Finite:
     default=0.1,
     help="Share of the questions that is held out [0.1].",
 )
-@common.option("--seed", type=_whole(0, 2**62), default=0, help="[0].")
-@common.option("--train-device", metavar="cpu|cuda", default="cpu", help="For the training [cpu].")
-@common.option("--overwrite", is_flag=True, help="Replace a head that is there.")
+@common.option("--seed", type=whole(0, 2**62), default=0, help="[0].")
+@train_device_option
+@overwrite_option("Replace a head that is there.")
 @common.model_options
 @common.output_options
 def value(
@@ -127,10 +124,8 @@ def value(
     """  # fmt: skip
     with common.Envelope("train value") as envelope:
         envelope.inputs = {"data": data, "work": work, "out": out, "labels": labels}
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out}: exists; choose another name or give --overwrite")
-        if out.suffix != ".safetensors":
-            raise UsageError(f"--out {out}: must end in .safetensors")
+        refuse_existing(out, overwrite=overwrite)
+        require_safetensors("--out", out)
         if labels == "step" and not delimiter:
             raise UsageError("--delimiter: must not be empty with --labels step")
         from steersman.core.backend import trainer

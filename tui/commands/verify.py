@@ -15,11 +15,19 @@ from steersman.core.errors import InvalidInput, SteersmanError, UsageError
 from .. import common, output
 from ..envelope import INVALID, PARTIAL, RUNTIME
 from ..interrupts import ctrl_c_cancels
+from ..options import (
+    FILE,
+    WIDE,
+    file_option,
+    overwrite_option,
+    refuse_existing,
+    require_safetensors,
+    whole,
+)
 
 if TYPE_CHECKING:
     from steersman.core.verification.problems import Problem
 
-_PATH = click.Path(path_type=Path)
 _SHOWN_PROBLEMS = 20
 
 
@@ -28,33 +36,26 @@ def command() -> None:
     """Judge finished traces by the model's own hidden states (CLUE)."""
 
 
-_traces = click.argument("traces", metavar="TRACES", type=_PATH)
-_overwrite = common.option("--overwrite", is_flag=True, help="Start anew; replace what is there.")
-_centroids = common.option(
-    "--centroids", required=True, type=_PATH, metavar="FILE", envvar=None,
+_traces = click.argument("traces", metavar="TRACES", type=FILE)
+_overwrite = overwrite_option("Start anew; replace what is there.")
+_centroids = file_option(
+    "--centroids", required=True,
     help="Made by steersman verify fit, with the same model.",
 )  # fmt: skip
 _standardise = common.option(
     "--standardise", is_flag=True,
     help="Divide each layer's distance by its spread, so that large layers do not decide alone.",
 )  # fmt: skip
-_out = common.option(
-    "--out", type=_PATH, metavar="FILE", envvar=None,
+_out = file_option(
+    "--out",
     help="Results as JSON lines, each on disk before the next; the same command goes on with them "
     "[stdout].",
 )  # fmt: skip
 
 
-@command.command("fit", context_settings={"max_content_width": 100})
+@command.command("fit", context_settings=WIDE)
 @_traces
-@common.option(
-    "--out",
-    required=True,
-    type=_PATH,
-    metavar="FILE",
-    envvar=None,
-    help="The centroids (.safetensors).",
-)
+@file_option("--out", required=True, help="The centroids (.safetensors).")
 @common.option(
     "--span",
     type=click.Choice(["tags", "response"]),
@@ -72,7 +73,7 @@ _out = common.option(
 )
 @common.option(
     "--max-tokens",
-    type=common.Finite(1, 1 << 24, whole=True),
+    type=whole(1, 1 << 24),
     help="Read at most N tokens of a response [all].",
 )
 @common.option("--chat", is_flag=True, help="Send plain prompts as chat messages.")
@@ -114,10 +115,8 @@ def fit(
     """  # fmt: skip
     with common.Envelope("verify fit") as envelope, ExitStack() as stack:
         envelope.inputs = {"traces": traces, "out": out, "span": span}
-        if out.suffix != ".safetensors":
-            raise UsageError(f"--out {out}: must end in .safetensors")
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out}: exists; choose another name or give --overwrite")
+        require_safetensors("--out", out)
+        refuse_existing(out, overwrite=overwrite)
         from steersman.core.reranking.job import digest_files
         from steersman.core.verification import DeltaReader, TraceRule
         from steersman.core.verification import job as work
@@ -172,7 +171,7 @@ def fit(
             output.note(f"centroids: {out}")
 
 
-@command.command("score", context_settings={"max_content_width": 100})
+@command.command("score", context_settings=WIDE)
 @_traces
 @_centroids
 @_out
@@ -201,7 +200,7 @@ def score(
     _judge("score", traces, centroids, out, standardise, overwrite, model_args, score_record, {})
 
 
-@command.command("rerank", context_settings={"max_content_width": 100})
+@command.command("rerank", context_settings=WIDE)
 @_traces
 @_centroids
 @_out

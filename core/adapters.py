@@ -75,9 +75,16 @@ class RerankSettings:
     window_size: int | None = None
     stride: int | None = None
     max_words: int | None = None
+    first_stage_weight: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        weight = self.first_stage_weight
+        if weight is not None and not (type(weight) in (int, float) and 0 <= weight <= 1e6):
+            raise InvalidInput(
+                f"rerank: first_stage_weight: must be a number from 0 to 1e6, got {weight!r}"
+            )
+        for name in ("window_size", "stride", "max_words"):
+            value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= 10_000):
                 raise InvalidInput(f"rerank: {name}: must be a whole number, got {value!r}")
 
@@ -101,7 +108,9 @@ def read_rerank_settings(folder: Path) -> tuple[RerankSettings, Path | None]:
         if note["format"] != FORMAT:
             raise ValueError(f"format {note['format']!r}, this program reads {FORMAT}")
         return RerankSettings(**note.get("rerank", {})), prompt
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidInput
+    ) as exc:  # fmt: skip
         raise InvalidInput(f"{path}: not usable: {exc}") from None
 
 
@@ -118,6 +127,7 @@ def rerank_options(name: str | Path) -> dict[str, Any]:
         "window": settings.window_size,
         "stride": settings.stride,
         "max_words": settings.max_words,
+        "first_stage_weight": settings.first_stage_weight,
         "prompt": None if prompt is None else _read_prompt(prompt),
     }
     return {key: value for key, value in found.items() if value is not None}

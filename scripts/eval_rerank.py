@@ -26,6 +26,7 @@ import numpy as np
 from steersman.core import load
 from steersman.core.adapters import rerank_options
 from steersman.core.decode.rng import Rng
+from steersman.core.fusion import reciprocal_ranks
 from steersman.core.reranking import First, Generate, Reranker
 from steersman.core.reranking.evaluate import Measured, bootstrap_interval, compare, evaluate
 from steersman.core.reranking.io import Request, dump_line, read_requests
@@ -235,6 +236,18 @@ def report(name: str, path: Path, runs: dict[str, Path], args: argparse.Namespac
             for r in shared
         ]
         print(row(label, measured, base, float(np.mean(taus)), _cost(runs[label], qrels)))
+        if args.fuse:
+            mixed = {r.qid: _fused(r, run[r.qid], args.fuse) for r in shared}
+            (measured,) = evaluate(mixed, qrels, (args.measure,))
+            print(row(f"{label} + BM25, weight {args.fuse:g}", measured, base, None, ""))
+
+
+def _fused(request: Request, run: dict[str, float], weight: float) -> dict[str, float]:
+    """Return the order that ``first_stage_weight`` gives: fusion comes after all windows."""
+    docids = [c.docid for c in request.candidates]
+    order = sorted(range(len(docids)), key=lambda i: -run[docids[i]])
+    fused = reciprocal_ranks([range(len(docids)), order], [weight, 1.0])
+    return {docids[i]: -float(place) for place, i in enumerate(fused)}
 
 
 def _random(shared: list[Request], qrels: Qrels, measure: str) -> Measured:
@@ -293,6 +306,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--plain", action="store_true", help="with --adapter: its settings, but the model as it is"
+    )
+    parser.add_argument(
+        "--fuse", type=float, default=0.0, help="also show each run with this first_stage_weight"
     )
     parser.add_argument("--label", help="name of the adapter's runs [that of its folder]")
     parser.add_argument("--backend", default="torch")

@@ -22,6 +22,7 @@ from ir_sets import Collection, bm25, cisi, cranfield, data_folder, scifact_trai
 
 DEPTH = 20  # hits of BM25 that hard passages are drawn from
 LONGEST_QUERY = 24  # words
+SOURCES = ("xquad", "scifact", "cranfield", "cisi", "titles")
 
 
 def windows(
@@ -103,6 +104,13 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=data_folder())
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        choices=SOURCES,
+        default=SOURCES,
+        help="collections to draw from; Cranfield and CISI have no licence [all]",
+    )
     parser.add_argument("--window", type=int, default=4, help="passages per window [4]")
     parser.add_argument("--words", type=int, default=28, help="of each passage [28]")
     parser.add_argument("--random", type=float, default=0.5, help="share of easy passages [0.5]")
@@ -122,6 +130,7 @@ def main() -> None:
     lines = [
         line
         for source, collection, each in plan
+        if source in args.sources
         for line in windows(source, collection, each=each, args=args, generator=generator)
     ]
     generator.shuffle(lines)  # type: ignore[arg-type]

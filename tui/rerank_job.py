@@ -43,6 +43,7 @@ class Args:
     stride: int | None
     num_passes: int
     max_words: int
+    first_stage_weight: float
     batch_size: int
     engine: str
     workers: int | None
@@ -306,6 +307,7 @@ def _work(args: Args, model_args: common.ModelArgs, held: bytes | None) -> Work:
         stride=args.stride,
         passes=args.num_passes,
         max_words=args.max_words,
+        first_stage_weight=args.first_stage_weight,
         top_k=args.top_k_rerank,
         prompt=None if prompt is None else asdict(prompt),
         batch_size=args.batch_size,

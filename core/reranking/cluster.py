@@ -48,7 +48,7 @@ class Work:
         "first" or "generate".
     method_options : mapping
         Arguments of its class.
-    window, stride, passes, max_words, top_k
+    window, stride, passes, max_words, first_stage_weight, top_k
         As in :class:`.Reranker`.
     prompt : mapping, optional
         Fields of :class:`.Prompt`.
@@ -66,6 +66,7 @@ class Work:
     stride: int | None = None
     passes: int = 1
     max_words: int = 300
+    first_stage_weight: float = 0.0
     top_k: int | None = None
     prompt: Mapping[str, Any] | None = None
     batch_size: int = 1
@@ -84,6 +85,7 @@ class Work:
             stride=self.stride,
             passes=self.passes,
             max_words=self.max_words,
+            first_stage_weight=self.first_stage_weight,
             prompt=None if self.prompt is None else Prompt(**self.prompt),
         )
 

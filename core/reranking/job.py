@@ -46,6 +46,7 @@ def job_settings(reranker: Reranker, info: ModelInfo, **more: Any) -> Settings:
         asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     )
     fixed = {"requires", "logit_kind"}
+    weight = reranker.first_stage_weight
     return {
         "method": reranker.name,
         **{name: value for name, value in options.items() if name not in fixed},
@@ -53,6 +54,7 @@ def job_settings(reranker: Reranker, info: ModelInfo, **more: Any) -> Settings:
         "stride": reranker.stride,
         "passes": reranker.passes,
         "max_words": reranker.max_words,
+        **({"first_stage_weight": weight} if weight else {}),
         "prompt": digest(json.dumps(asdict(reranker.prompt), sort_keys=True).encode()),
         "model": info.name,
         "weights": info.fingerprint,

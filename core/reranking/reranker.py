@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, Self
 
 from ..errors import UsageError, did_you_mean
+from ..fusion import reciprocal_ranks
 from ..model import Model
 from .first import First
 from .generate import Generate
@@ -89,6 +90,11 @@ class Reranker:
         Words kept of each passage.
     prompt : Prompt, optional
         Wording; a neutral one for untrained models if None.
+    first_stage_weight : float
+        Weight of the order that was given against the model's in the final order, by reciprocal
+        rank fusion (:func:`..fusion.reciprocal_ranks`): 1 trusts both alike, 0 the model alone. A
+        small model that ranks better than chance but knows less than the first stage helps this
+        way where it would harm by itself.
 
     Raises
     ------
@@ -106,7 +112,13 @@ class Reranker:
         passes: int = 1,
         max_words: int = 300,
         prompt: Prompt | None = None,
+        first_stage_weight: float = 0.0,
     ) -> None:
+        if not 0 <= first_stage_weight < float("inf"):
+            raise UsageError(
+                f"--first-stage-weight {first_stage_weight}: must be a number of at least 0"
+            )
+        self.first_stage_weight = first_stage_weight
         stride = max(1, window // 2) if stride is None else stride
         check_window(window, stride, passes)
         if isinstance(method, str):
@@ -245,6 +257,8 @@ class Reranker:
                 )
         if progress is not None:
             progress(len(plan), len(plan))
+        if self.first_stage_weight:
+            order = reciprocal_ranks([range(n), order], [self.first_stage_weight, 1.0])
         ranking = Ranking(
             indices=tuple(order),
             scores=tuple(slots),
@@ -293,6 +307,7 @@ def rerank(
     passes: int = 1,
     max_words: int = 300,
     prompt: Prompt | None = None,
+    first_stage_weight: float = 0.0,
     **options: Any,
 ) -> Ranking:
     """Order passages by relevance to a query with a language model.
@@ -319,5 +334,6 @@ def rerank(
         passes=passes,
         max_words=max_words,
         prompt=prompt,
+        first_stage_weight=first_stage_weight,
     ) as reranker:
         return reranker.rank(query, passages, **options)

@@ -6,9 +6,9 @@
 ...     print([hit.docid for hit in search(model, index, "what do fleas eat")])
 """
 
+from ..fusion import fuse, fuse_hybrid, min_max
 from .build import Built, IndexWriter, build, build_index
 from .documents import Document, read_documents
-from .fusion import fuse, fuse_hybrid, min_max
 from .index import MODES, Hit, Index, Searcher, open_index, search
 from .prompt import WordPrompt
 from .represent import PromptReps, Representation, Representer

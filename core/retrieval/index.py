@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import UsageError
+from ..fusion import fuse_hybrid, ranked
 from ..model import Model
-from .fusion import fuse_hybrid, ranked
 from .manifest import check_settings, engine_of, read_manifest, reps_of, settings_of
 from .represent import Representation, Representer
 from .segments import Segment

@@ -108,6 +108,22 @@ def test_cut_offs(judge, capsys, tmp_path, trec):
     assert [h.docid for h in read_run(out)["1"]] == ["d1", "d0"]
 
 
+def test_first_stage_weight(judge, capsys, tmp_path):
+    path = write_requests(tmp_path, request(1, [1, 3, 0, 2]))
+    _, alone, _ = call(capsys, "rerank", path)
+    _, mixed, _ = call(capsys, "rerank", path, "--first-stage-weight", 1)
+    best, _, given_first, _ = docids(alone)
+    assert docids(mixed)[:2] == [best, given_first]
+    out = tmp_path / "out.jsonl"
+    args = ["rerank", path, "--output-jsonl-file", out]
+    assert call(capsys, *args, "--first-stage-weight", 1)[0] == 0
+    assert docids(out.read_text()) == docids(mixed)
+    code, _, err = call(capsys, *args, "--resume")
+    assert code == 5 and "first_stage_weight was 1.0 and is now None" in err
+    code, _, err = call(capsys, "rerank", path, "--first-stage-weight", -1)
+    assert code == 2 and "--first-stage-weight" in err
+
+
 def test_stdin_streams_to_stdout(judge, capsys, monkeypatch):
     data = '{"query": "q", "candidates": ["worth 1", "worth 2"]}\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))

@@ -81,6 +81,21 @@ def test_result_does_not_depend_on_the_order_given(shown):
     assert [int(values[shown[i]]) for i in ranking.indices] == list(range(11, -1, -1))
 
 
+def test_first_stage_weight_mixes_the_two_orders():
+    texts = passages([1, 3, 0, 2])  # the model's order: 1, 3, 0, 2
+    alone = rerank(JudgeModel(), "q", texts, docids=list("abcd"))
+    assert alone.indices == (1, 3, 0, 2)
+    # 0: 1/61 + 1/63 = .03227, 1: 1/62 + 1/61 = .03252, 2: 1/63 + 1/64, 3: 1/64 + 1/62 = .03175
+    mixed = rerank(JudgeModel(), "q", texts, docids=list("abcd"), first_stage_weight=1)
+    assert mixed.indices == (1, 0, 3, 2) and mixed.docids == ("b", "a", "d", "c")
+    assert mixed.logits == (3.0, 1.0, 2.0, 0.0)  # each passage keeps its own
+    assert mixed.scores == alone.scores
+    given = rerank(JudgeModel(), "q", texts, first_stage_weight=1e6)
+    assert given.indices == (0, 1, 2, 3)
+    with pytest.raises(UsageError, match="first-stage-weight -1"):
+        Reranker(JudgeModel(), first_stage_weight=-1)
+
+
 # -- edges -------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,13 @@
-"""Two rankings of one query as one: min-max normalisation and a weighted sum."""
+"""Several rankings of one query as one: by their scores, or by their ranks alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..errors import UsageError
+from .errors import UsageError
 
 Run = Mapping[str, float]  # docid -> score, larger is better
+RANK_OFFSET = 60  # of reciprocal rank fusion, as its authors fixed it
 
 
 def min_max(run: Run) -> dict[str, float]:
@@ -68,6 +69,37 @@ def fuse_hybrid(dense: Run, sparse: Run, alpha: float = 0.5) -> list[tuple[str, 
     if not 0 <= alpha <= 1:
         raise UsageError(f"alpha: must be in 0..1, got {alpha}")
     return fuse([dense, sparse], [alpha, 1 - alpha])
+
+
+def reciprocal_ranks(
+    orders: Sequence[Sequence[int]], weights: Sequence[float], offset: int = RANK_OFFSET
+) -> list[int]:
+    """Return one order of the same items: by the weighted sum of ``1 / (offset + rank)``.
+
+    Parameters
+    ----------
+    orders : sequence of sequence of int (n,)
+        Permutations of the same items, best first. Of equal sums, the item that stands first in
+        the first order comes first.
+    weights : sequence of float
+        One per order, at least 0 and not all 0.
+    offset : int
+        Added to the rank, which counts from 1. The larger, the less the front places stand out.
+
+    References
+    ----------
+    Cormack, Clarke and Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual
+    Rank Learning Methods", SIGIR 2009.
+    """
+    if len(orders) != len(weights) or any(not w >= 0 for w in weights) or not any(weights):
+        raise UsageError(f"fusion: {len(orders)} orders need as many weights of at least 0")
+    if any(sorted(order) != sorted(orders[0]) for order in orders):
+        raise UsageError("fusion: the orders are not of the same items")
+    total = dict.fromkeys(orders[0], 0.0)
+    for order, weight in zip(orders, weights):
+        for rank, item in enumerate(order, start=1):
+            total[item] += weight / (offset + rank)
+    return sorted(total, key=lambda item: -total[item])
 
 
 def ranked(run: Run) -> list[tuple[str, float]]:

@@ -69,6 +69,17 @@ def parse_json(text: str, where: str) -> Any:
         raise InvalidInput(f"{where}: {error}") from None
 
 
+def check_text(text: str, where: str) -> None:
+    """Raise InvalidInput for half of a surrogate pair, which JSON may hold.
+
+    No tokenizer and no UTF-8 file can take it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where}: lone surrogate at character {error.start}") from None
+
+
 class _NoNumber(ValueError):
     pass
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from steersman.core.decode.rng import Rng
-from steersman.core.reranking.io import open_text, with_title
+from steersman.core.reranking.io import with_title
 from steersman.core.reranking.trec import read_qrels, read_texts
+from steersman.core.text_lines import open_text
 
 Qrels = dict[str, dict[str, int]]
 Hits = list[tuple[str, float]]

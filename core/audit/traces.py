@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,12 +11,11 @@ import numpy.typing as npt
 
 from ..errors import InvalidInput, UsageError
 from ..model import Tokenizer
-from ..reranking.io import numbered_lines, tell
-from ..strict_json import parse_json
+from ..strict_json import check_text, parse_json
+from ..text_lines import Report, read_records
 from .embedding import Embedder, Fingerprints, Floats, fingerprints
 from .protocol import Challenge, Sampled
 
-Report = Callable[[InvalidInput], None]
 Inflation = Literal["random", "repeat", "foreign", "topic"]
 INFLATIONS: tuple[Inflation, ...] = ("random", "repeat", "foreign", "topic")
 
@@ -52,12 +51,7 @@ def parse_trace(value: Any, where: str, *, default_question: str = "") -> AuditT
         text = value.get(key, default_question if key == "question" else None)
         if not isinstance(text, str):
             raise InvalidInput(f"{where}: {key}: must be text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInput(
-                f"{where}: {key}: lone surrogate at character {error.start}"
-            ) from None
+        check_text(text, f"{where}: {key}")
         texts[key] = text
     return AuditTrace(**texts)
 
@@ -66,11 +60,11 @@ def read_traces(
     lines: Iterable[bytes], name: str, *, report: Report | None = None
 ) -> Iterator[AuditTrace]:
     """Read traces, one JSON object per line; see :func:`parse_trace`."""
-    for where, text in numbered_lines(lines, name, report):
-        try:
-            yield parse_trace(parse_json(text, where), where, default_question=where)
-        except InvalidInput as error:
-            tell(report, error)
+
+    def parse(text: str, where: str) -> AuditTrace:
+        return parse_trace(parse_json(text, where), where, default_question=where)
+
+    return read_records(lines, name, parse, report=report)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..errors import InvalidInput, MissingFile
-from ..strict_json import NotANumber
+from ..errors import InvalidInput
+from ..strict_json import NotANumber, check_text
 from ..strict_json import parse_json as parse_json
+from ..text_lines import InputProblem, Report, UniqueIds, line_id, read_records
+from ..text_lines import open_text as open_text
 from .ranking import Ranking
 
-Report = Callable[[InvalidInput], None]
-MAX_LINE = 256 << 20  # bytes
 LONG_PASSAGE = 1_000_000  # characters; some 500 pages, of which a prompt shows one
 _TEXT_KEYS = ("text", "contents", "content", "segment", "body", "passage")
-
-
-class InputProblem(InvalidInput):
-    """Something wrong with a place in the input, told apart by kind so that it can be counted.
-
-    Attributes
-    ----------
-    kind : str
-        One word: "malformed_line", "duplicate_query", "empty_passage" ...
-    count : int
-        How often it stands in that place.
-    """
-
-    def __init__(self, message: str, kind: str, count: int = 1) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.count = count
 
 
 def kind_of(error: InvalidInput) -> tuple[str, int]:
@@ -97,72 +79,6 @@ class Request:
         return self if count is None else replace(self, candidates=self.candidates[:count])
 
 
-def open_text(path: Path) -> IO[bytes]:
-    """Open a file, a ``.gz`` one unpacked, for reading bytes.
-
-    Raises
-    ------
-    MissingFile
-    """
-    try:
-        if path.suffix == ".gz":
-            import gzip
-
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        return path.open("rb")
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: no such file") from None
-    except OSError as error:
-        raise MissingFile(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def numbered_lines(
-    lines: Iterable[bytes], name: str, report: Report | None
-) -> Iterator[tuple[str, str]]:
-    """Yield ``("name:line", text)`` for every line that is not blank.
-
-    Lines that are not UTF-8 are reported and left out. Works line by line, so a pipe is read as it
-    comes. A byte order mark at the start and CR before LF are dropped.
-    """
-    for number, data in enumerate(_bounded(lines), start=1):
-        where = f"{name}:{number}"
-        if data is None:
-            problem = f"{where}: longer than {MAX_LINE >> 20} MiB; one line holds one query"
-            tell(report, InputProblem(problem, "long_line"))
-            continue
-        if number == 1:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        try:
-            text = data.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            tell(report, InputProblem(f"{where}: not UTF-8 at byte {error.start}", "not_utf8"))
-            continue
-        if text.strip():
-            yield where, text
-
-
-def _bounded(lines: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Yield the lines, None for each that is too long to be held in memory."""
-    readline = getattr(lines, "readline", None)
-    if readline is None:
-        yield from lines
-        return
-    while data := readline(MAX_LINE + 1):
-        if len(data) <= MAX_LINE or data.endswith(b"\n"):
-            yield data
-            continue
-        while data and not data.endswith(b"\n"):
-            data = readline(1 << 20)
-        yield None
-
-
-def tell(report: Report | None, error: InvalidInput) -> None:
-    """Hand an error to ``report``, or raise it if nobody listens."""
-    if report is None:
-        raise error
-    report(error)
-
-
 def parse_request(value: Any, where: str, *, default_qid: str) -> Request:
     """Check one request.
 
@@ -188,7 +104,7 @@ def parse_request(value: Any, where: str, *, default_qid: str) -> Request:
         query = query.get("text")
     if not isinstance(query, str) or not query.strip():
         raise InvalidInput(f"{where}: query: must be text that is not empty")
-    _check_text(query, f"{where}: query")
+    check_text(query, f"{where}: query")
     rows = value["candidates"]
     if not isinstance(rows, list):
         raise InvalidInput(f"{where}: candidates: must be a list, got {_kind(rows)}")
@@ -202,7 +118,7 @@ def parse_request(value: Any, where: str, *, default_qid: str) -> Request:
 
 def _candidate(row: Any, where: str, default_docid: str) -> Candidate:
     if isinstance(row, str):
-        _check_text(row, where)
+        check_text(row, where)
         return Candidate(docid=default_docid, text=row, raw={"docid": default_docid, "doc": row})
     if not isinstance(row, dict):
         raise InvalidInput(f"{where}: must be an object or text, got {_kind(row)}")
@@ -234,7 +150,7 @@ def document_text(doc: Any, where: str) -> str:
             doc = with_title(title, doc)
     if not isinstance(doc, str):
         raise InvalidInput(f"{where}: must be text, got {_kind(doc)}")
-    _check_text(doc, where)
+    check_text(doc, where)
     return doc
 
 
@@ -247,16 +163,8 @@ def _identifier(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise InvalidInput(f"{where}: must be text or a whole number, got {_kind(value)}")
     text = str(value)
-    _check_text(text, where)
+    check_text(text, where)
     return text
-
-
-def _check_text(text: str, where: str) -> None:
-    # JSON may hold half of a surrogate pair, which no tokenizer and no UTF-8 file can take.
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"{where}: lone surrogate at character {error.start}") from None
 
 
 def _kind(value: Any) -> str:
@@ -267,33 +175,15 @@ def _kind(value: Any) -> str:
 def read_requests(
     lines: Iterable[bytes], name: str, *, report: Report | None = None
 ) -> Iterator[Request]:
-    """Read requests, one JSON object per line, as they come.
+    """Read requests, one JSON object per line; see :func:`.read_records`."""
+    ids = UniqueIds("query.qid", "query")
 
-    Parameters
-    ----------
-    lines : iterable of bytes
-        An open file, or stdin.
-    name : str
-        What to call it in errors.
-    report : callable, optional
-        Called with an InvalidInput for each line that cannot be used, and reading goes on; if
-        None, the first one is raised.
-    """
-    seen: dict[str, str] = {}
-    for where, text in numbered_lines(lines, name, report):
-        try:
-            default = f"line-{where.rpartition(':')[2]}"
-            request = parse_request(parse_json(text, where), where, default_qid=default)
-            if request.qid in seen:
-                raise InputProblem(
-                    f"{where}: query.qid: {request.qid!r} was used at {seen[request.qid]}; "
-                    "give each query its own",
-                    "duplicate_query",
-                )
-        except InvalidInput as error:
-            tell(report, error)
-            continue
-        seen[request.qid] = where
+    def parse(text: str, where: str) -> Request:
+        request = parse_request(parse_json(text, where), where, default_qid=line_id(where))
+        ids.take(request.qid, where)
+        return request
+
+    for request in read_records(lines, name, parse, report=report):
         if report is not None:
             for defect in defects(request):
                 report(defect)

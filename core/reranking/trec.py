@@ -10,19 +10,8 @@ from typing import IO
 
 from ..errors import InvalidInput, MissingFile
 from ..strict_json import NotANumber
-from .io import (
-    LONG_PASSAGE,
-    Candidate,
-    InputProblem,
-    Report,
-    Request,
-    document_text,
-    numbered_lines,
-    open_text,
-    parse_json,
-    tell,
-    with_title,
-)
+from ..text_lines import InputProblem, Report, numbered_lines, open_text, tell
+from .io import LONG_PASSAGE, Candidate, Request, document_text, parse_json, with_title
 from .ranking import strictly_falling
 
 

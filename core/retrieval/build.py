@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from ..errors import InvalidInput, MissingFile, UsageError
 from ..model import Model
-from ..reranking.io import Report, tell
+from ..text_lines import Report, tell
 from .documents import Document, as_documents, digest_documents
 from .index import Index
 from .manifest import NAME, Manifest, check_settings, engine_of, read_manifest, settings_of

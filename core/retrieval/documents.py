@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidInput
-from ..reranking.io import Report, document_text, numbered_lines, parse_json, tell
+from ..reranking.io import document_text
+from ..strict_json import check_text, parse_json
+from ..text_lines import Report, read_records
 
 _ID_KEYS = ("_id", "id", "docid", "qid")
 
@@ -32,28 +34,21 @@ def read_documents(
     ``title``), anything else ``id<TAB>text`` or ``id<TAB>title<TAB>text``. A title stands before
     its text, with a blank between them.
 
-    Parameters
-    ----------
-    lines : iterable of bytes
-        An open file, or stdin.
-    name : str
-        What to call it in errors.
-    report : callable, optional
-        Called with an InvalidInput for each line that cannot be used, which is left out; if None,
-        the first one is raised.
+    Lines, name and report are those of :func:`.read_records`.
     """
     as_json: bool | None = None
-    for where, line in numbered_lines(lines, name, report):
+
+    def parse(line: str, where: str) -> Document:
+        nonlocal as_json
         if as_json is None:
             as_json = line.lstrip().startswith("{")
-        try:
-            docid, title, text = _json(line, where) if as_json else _tsv(line, where)
-            whole = f"{title} {text}".strip()
-            if not whole:
-                raise InvalidInput(f"{where}: text: empty")
-            yield Document(docid=docid, text=whole, source=where)
-        except InvalidInput as error:
-            tell(report, error)
+        docid, title, text = _json(line, where) if as_json else _tsv(line, where)
+        whole = f"{title} {text}".strip()
+        if not whole:
+            raise InvalidInput(f"{where}: text: empty")
+        return Document(docid=docid, text=whole, source=where)
+
+    return read_records(lines, name, parse, report=report)
 
 
 def _json(line: str, where: str) -> tuple[str, str, str]:
@@ -72,7 +67,7 @@ def _json(line: str, where: str) -> tuple[str, str, str]:
     body: dict[str, Any] = {k: v for k, v in value.items() if k != "title"}
     text = document_text(body, f"{where}: document")
     for name, field in ((key, str(docid)), ("title", title or "")):
-        document_text(field, f"{where}: {name}")  # half a surrogate pair
+        check_text(field, f"{where}: {name}")
     return str(docid), title or "", text
 
 

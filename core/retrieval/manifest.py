@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import InvalidInput, MissingFile, SteersmanError
 from ..model import Model
-from ..reranking.io import parse_json
+from ..strict_json import parse_json
 from .prompt import WordEncoder, WordPrompt
 from .represent import IMPACT_SCALE, PromptReps
 from .words import WORDS_VERSION

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidInput
-from ..reranking.io import parse_json
+from ..strict_json import parse_json
 from .documents import Document
 from .represent import Representation
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..chat import check_messages
 from ..errors import InvalidInput
-from ..reranking.io import numbered_lines, tell
-from ..strict_json import parse_json
+from ..strict_json import check_text, parse_json
+from ..text_lines import Report, UniqueIds, line_id, read_records
 from .ranking import final_answer
 
-Report = Callable[[InvalidInput], None]
 _FIELDS = ("prompt", "messages", "response", "responses", "answer", "correct")
 
 
@@ -116,40 +115,19 @@ def _trace(row: Any, where: str) -> Trace:
 def _text(value: Any, where: str, *, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty):
         raise InvalidInput(f"{where}: must be text{'' if empty else ' that is not empty'}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"{where}: lone surrogate at character {error.start}") from None
+    check_text(value, where)
     return value
 
 
 def read_problems(
     lines: Iterable[bytes], name: str, *, report: Report | None = None
 ) -> Iterator[Problem]:
-    """Read problems, one JSON object per line, as they come.
+    """Read problems, one JSON object per line; see :func:`.read_records`."""
+    ids = UniqueIds("id", "problem")
 
-    Parameters
-    ----------
-    lines : iterable of bytes
-        An open file, or stdin.
-    name : str
-        What to call it in errors.
-    report : callable, optional
-        Called with an InvalidInput for each line that cannot be used, and reading goes on; if
-        None, the first one is raised.
-    """
-    seen: dict[str, str] = {}
-    for where, text in numbered_lines(lines, name, report):
-        try:
-            default = f"line-{where.rpartition(':')[2]}"
-            problem = parse_problem(parse_json(text, where), where, default_id=default)
-            if problem.id in seen:
-                raise InvalidInput(
-                    f"{where}: id: {problem.id!r} was used at {seen[problem.id]}; "
-                    "give each problem its own"
-                )
-        except InvalidInput as error:
-            tell(report, error)
-            continue
-        seen[problem.id] = where
-        yield problem
+    def parse(text: str, where: str) -> Problem:
+        problem = parse_problem(parse_json(text, where), where, default_id=line_id(where))
+        ids.take(problem.id, where)
+        return problem
+
+    return read_records(lines, name, parse, report=report)

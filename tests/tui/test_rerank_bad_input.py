@@ -6,8 +6,8 @@ import pytest
 from rerank_toys import JudgeModel
 from test_rerank_cli import call, docids, request, write_requests
 
-from steersman.core.reranking import io as requests_io
-from steersman.core.reranking.io import numbered_lines
+from steersman.core import text_lines
+from steersman.core.text_lines import numbered_lines
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_logits_that_are_not_finite(judge, capsys, tmp_path):
 
 
 def test_a_line_too_long_for_memory_is_passed_over(monkeypatch, tmp_path):
-    monkeypatch.setattr(requests_io, "MAX_LINE", 2 << 20)
+    monkeypatch.setattr(text_lines, "MAX_LINE", 2 << 20)
     path = tmp_path / "in"
     path.write_bytes(b"one\n" + b"x" * (5 << 20) + b"\nthree\n" + b"y" * (3 << 20))
     told = []

@@ -192,8 +192,8 @@ def _spooled(stack: ExitStack) -> Path:
 
 
 def _documents(files: dict[str, Path], problems: Problems, stack: ExitStack) -> Iterator[Document]:
-    from steersman.core.reranking.io import open_text
     from steersman.core.retrieval import read_documents
+    from steersman.core.text_lines import open_text
 
     for name, path in files.items():
         told = "stdin" if name == "-" else name

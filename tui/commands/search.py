@@ -178,8 +178,8 @@ def _queries(
     path: Path | None, texts: Iterable[str], problems: Problems, stack: ExitStack
 ) -> Iterator[Document]:
     from steersman.core.errors import InvalidInput
-    from steersman.core.reranking.io import open_text
     from steersman.core.retrieval import Document, read_documents
+    from steersman.core.text_lines import open_text
 
     if path is None:
         for number, text in enumerate(texts, start=1):

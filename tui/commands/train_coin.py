@@ -89,7 +89,7 @@ def coin(
         from steersman.core.audit import Embedder
         from steersman.core.audit.traces import prepare, read_traces
         from steersman.core.backend import trainer
-        from steersman.core.reranking.io import open_text
+        from steersman.core.text_lines import open_text
 
         module = trainer("coin")
         with open_text(traces) as file:

@@ -347,7 +347,7 @@ class _Problems:
 
 
 def _read(traces: Path, problems: _Problems, stack: ExitStack) -> Iterator[Problem]:
-    from steersman.core.reranking.io import open_text
+    from steersman.core.text_lines import open_text
     from steersman.core.verification.problems import read_problems
 
     if str(traces) == "-":
@@ -358,7 +358,7 @@ def _read(traces: Path, problems: _Problems, stack: ExitStack) -> Iterator[Probl
 
 def _count(traces: Path) -> int | None:
     """Number of lines for the progress bar, where it costs little to know."""
-    from steersman.core.reranking.io import open_text
+    from steersman.core.text_lines import open_text
 
     with open_text(traces) as file:
         return None if traces.suffix == ".gz" else sum(bool(line.strip()) for line in file)

@@ -12,11 +12,11 @@ from steersman.core.errors import InvalidInput, MissingFile
 from steersman.core.reranking import rerank
 from steersman.core.reranking.io import (
     dump_line,
-    open_text,
     parse_request,
     read_requests,
     result_record,
 )
+from steersman.core.text_lines import open_text
 
 
 def lines(*values) -> list[bytes]:

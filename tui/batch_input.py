@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from steersman.core.errors import InvalidInput, UsageError, did_you_mean
 from steersman.core.evidence import with_evidence
@@ -46,6 +46,8 @@ RESULT_FIELDS = frozenset(
     ["text", "finish_reason", "token_ids", "prompt_tokens", "completion_tokens", "error",
      "steersman", "truncated"]
 )  # fmt: skip
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,40 @@ def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             raise InvalidInput(f"line {number}: longer than {MAX_LINE >> 20} MiB")
         if raw.strip():
             yield number, raw
+
+
+def read_training(name: str, take: Callable[[Item], T], *, chat: bool, thing: str) -> list[T]:
+    """Return what ``take`` makes of every request of a file, for a training.
+
+    Parameters
+    ----------
+    name : str
+        File of JSON lines.
+    take : callable
+        Raises InvalidInput for a request that cannot be used.
+    chat : bool
+        Take prompts as chat messages.
+    thing : str
+        What the file is to hold, in the plural, for the message.
+
+    Raises
+    ------
+    InvalidInput
+        A line that cannot be used, with file and line; fewer than two.
+    """
+    found: list[T] = []
+    try:
+        with open(name, "rb") as file:
+            for number, raw in lines(file):
+                try:
+                    found.append(take(parse(raw, line=number, chat=chat)))
+                except InvalidInput as exc:
+                    raise InvalidInput(f"{name}:{number}: {exc}") from None
+    except OSError as exc:
+        raise InvalidInput(f"{name}: cannot be read: {exc.strerror}") from None
+    if len(found) < 2:
+        raise InvalidInput(f"{name}: holds {len(found)} {thing}; some hundred are needed")
+    return found
 
 
 def parse(raw: bytes, *, line: int, chat: bool = False, system: str | None = None) -> Item:

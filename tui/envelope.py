@@ -135,6 +135,11 @@ class Envelope:
         self.exit_code = found.exit_code if exit_code is None else exit_code
         output.error(found.message)
 
+    def note_artifacts(self) -> None:
+        """Say on stderr which files were written."""
+        for kind, path in self.artifacts.items():
+            output.note(f"{kind}: {path}")
+
     @property
     def status(self) -> str:
         """One word for how it went."""

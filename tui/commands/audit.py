@@ -38,8 +38,7 @@ _share = common.option("--share", type=common.Finite(1e-6, 1), default=0.1,
 def _say(envelope: common.Envelope, rows: list[list[Any]]) -> None:
     if not envelope.json:
         print(output.table(rows))
-        for kind, path in envelope.artifacts.items():
-            output.note(f"{kind}: {path}")
+        envelope.note_artifacts()
 
 
 @command.command("commit", context_settings=WIDE)

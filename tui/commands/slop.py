@@ -150,8 +150,7 @@ def profile_command(
             envelope.artifacts["plot"] = plot
         if not envelope.json:
             _print(found, banned)
-            for kind, path in envelope.artifacts.items():
-                output.note(f"{kind}: {path}")
+            envelope.note_artifacts()
 
 
 def _plot_path(out: Path | None, plot: Path | None, envelope: common.Envelope) -> Path | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steersman.core.errors import InvalidInput, UsageError
+from steersman.core.errors import UsageError
 
 from .. import common, output
 from ..interrupts import ctrl_c_cancels
@@ -21,12 +21,12 @@ from ..options import (
     train_device_option,
     whole,
 )
+from ..training_plot import report_training
 from .train_coin import coin
 from .train_first import first
 from .train_value import value
 
 if TYPE_CHECKING:
-    from steersman.core.api import Prompt
     from steersman.core.routing.router import Router
 
 
@@ -154,11 +154,13 @@ def r2r(
         from steersman.core.backend import trainer
         from steersman.core.profile import load_profile
         from steersman.core.routing.collect import CollectSettings, collect, read_dataset
+        from steersman.core.routing.router import save_router
 
+        from ..batch_input import read_training
         from ..roles import open_model, open_roles
 
         trainer("router")  # before any text is written
-        texts = _prompts(prompts, chat)
+        texts = read_training(prompts, lambda item: item.prompt, chat=chat, thing="prompts")
         settings = CollectSettings(
             labels=labels, max_tokens=max_tokens, continuation=continuation, checks=checks
         )
@@ -182,25 +184,12 @@ def r2r(
             dataset, facts, labels, width, blocks, epochs, batch, learning_rate, recall, seed,
             train_device, model_args.threads,
         )  # fmt: skip
-        _save(router, history, out, envelope)
-
-
-def _prompts(name: str, chat: bool) -> list[Prompt]:
-    from ..batch_input import lines, parse
-
-    found: list[Prompt] = []
-    try:
-        with open(name, "rb") as file:
-            for number, raw in lines(file):
-                try:
-                    found.append(parse(raw, line=number, chat=chat).prompt)
-                except InvalidInput as exc:
-                    raise InvalidInput(f"{name}:{number}: {exc}") from None
-    except OSError as exc:
-        raise InvalidInput(f"{name}: cannot be read: {exc.strerror}") from None
-    if len(found) < 2:
-        raise InvalidInput(f"{name}: holds {len(found)} prompts; some hundred are needed")
-    return found
+        save_router(router, out)
+        report_training(
+            envelope, out, history, kind="router", title="router", of="texts", facts=router.facts,
+            result={"threshold": router.threshold, "parameters": router.shape.size},
+            also=("threshold",),
+        )  # fmt: skip
 
 
 def _train(
@@ -252,38 +241,3 @@ def _train(
         },
     )
     return router, found.history
-
-
-def _save(
-    router: Router,
-    history: list[tuple[int, float, float]],
-    out: Path,
-    envelope: common.Envelope,
-) -> None:
-    from importlib.util import find_spec
-
-    from steersman.core.routing.router import save_router
-
-    save_router(router, out)
-    envelope.artifacts = {"router": out}
-    if find_spec("matplotlib") is not None:
-        from ..training_plot import write_loss_plot
-
-        plot = out.with_suffix(".svg")
-        write_loss_plot(plot, history, title="router")
-        envelope.artifacts["plot"] = plot
-    envelope.metrics = dict(router.facts)
-    envelope.result = {
-        "threshold": router.threshold,
-        "parameters": router.shape.size,
-        "history": [
-            {"step": step, "training": training, "validation": validation}
-            for step, training, validation in history
-        ],
-    }
-    if envelope.json:
-        return
-    rows = [[key, value] for key, value in {**router.facts, "threshold": router.threshold}.items()]
-    print(output.table(rows, header=["on the held-out texts", ""]))
-    for kind, path in envelope.artifacts.items():
-        output.note(f"{kind}: {path}")

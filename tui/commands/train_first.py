@@ -205,8 +205,7 @@ def _results(
         module.save_merged(model, base.folder, made)
     _describe(made, base, settings, given, examples, wording)
     envelope.artifacts["adapter" if settings.lora_rank else "model"] = made
-    for kind, path in envelope.artifacts.items():
-        output.note(f"{kind}: {path}")
+    envelope.note_artifacts()
 
 
 def _describe(

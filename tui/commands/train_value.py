@@ -22,9 +22,9 @@ from ..options import (
     train_device_option,
     whole,
 )
+from ..training_plot import report_training
 
 if TYPE_CHECKING:
-    from steersman.core.values import ValueHead
     from steersman.core.values.rollouts import Question, Rollout, RolloutSettings
 
 
@@ -129,7 +129,7 @@ def value(
         if labels == "step" and not delimiter:
             raise UsageError("--delimiter: must not be empty with --labels step")
         from steersman.core.backend import trainer
-        from steersman.core.values import ValueHead, ValueShape
+        from steersman.core.values import ValueHead, ValueShape, save_value_head
         from steersman.core.values.features import extract, read_dataset
         from steersman.core.values.rollouts import RolloutSettings, read_rollouts, roll_out
 
@@ -196,7 +196,11 @@ def value(
             model=fingerprint,
             facts=_facts(rollouts, settings, job, found),
         )
-        _save(head, found.history, out, envelope)
+        save_value_head(head, out)
+        report_training(
+            envelope, out, found.history, kind="head", title="value head", of="questions",
+            facts=head.facts, result={"layer": head.layer, "parameters": head.shape.size},
+        )  # fmt: skip
 
 
 def read_questions(name: str, chat: bool) -> list[Question]:
@@ -209,25 +213,15 @@ def read_questions(name: str, chat: bool) -> list[Question]:
     """
     from steersman.core.values.rollouts import Question
 
-    from ..batch_input import lines, parse
+    from ..batch_input import Item, read_training
 
-    found: list[Question] = []
-    try:
-        with open(name, "rb") as file:
-            for number, raw in lines(file):
-                try:
-                    item = parse(raw, line=number, chat=chat)
-                    answer = item.passed.get("answer")
-                    if not isinstance(answer, str | int) or isinstance(answer, bool):
-                        raise InvalidInput(f"answer: must be a text or a number, got {answer!r}")
-                    found.append(Question(prompt=item.prompt, answer=str(answer)))
-                except InvalidInput as exc:
-                    raise InvalidInput(f"{name}:{number}: {exc}") from None
-    except OSError as exc:
-        raise InvalidInput(f"{name}: cannot be read: {exc.strerror}") from None
-    if len(found) < 2:
-        raise InvalidInput(f"{name}: holds {len(found)} questions; some hundred are needed")
-    return found
+    def take(item: Item) -> Question:
+        answer = item.passed.get("answer")
+        if not isinstance(answer, str | int) or isinstance(answer, bool):
+            raise InvalidInput(f"answer: must be a text or a number, got {answer!r}")
+        return Question(prompt=item.prompt, answer=str(answer))
+
+    return read_training(name, take, chat=chat, thing="questions")
 
 
 def _run_folder(work: Path, job: Any, training: Any) -> Path:
@@ -262,35 +256,3 @@ def _facts(
         "auc": None if found.auc != found.auc else round(found.auc, 6),
         "seed": settings.seed,
     }
-
-
-def _save(
-    head: ValueHead, history: list[tuple[int, float, float]], out: Path, envelope: common.Envelope
-) -> None:
-    from importlib.util import find_spec
-
-    from steersman.core.values import save_value_head
-
-    save_value_head(head, out)
-    envelope.artifacts = {"head": out}
-    if find_spec("matplotlib") is not None:
-        from ..training_plot import write_loss_plot
-
-        plot = out.with_suffix(".svg")
-        write_loss_plot(plot, history, title="value head")
-        envelope.artifacts["plot"] = plot
-    envelope.metrics = dict(head.facts)
-    envelope.result = {
-        "layer": head.layer,
-        "parameters": head.shape.size,
-        "history": [
-            {"step": epoch, "training": training, "validation": held}
-            for epoch, training, held in history
-        ],
-    }
-    if envelope.json:
-        return
-    rows = [[key, fact] for key, fact in head.facts.items()]
-    print(output.table(rows, header=["on the held-out questions", ""]))
-    for kind, path in envelope.artifacts.items():
-        output.note(f"{kind}: {path}")

@@ -6,14 +6,14 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidInput, MissingDependency, MissingFile
+from .errors import InvalidInput, MissingDependency, MissingFile, UsageError
 
 Arrays = dict[str, npt.NDArray[Any]]
 MAX_BYTES, MAX_HEADER = 1 << 30, 4 << 20
@@ -90,6 +90,47 @@ def read_tensors(path: Path, *, kind: str, made_by: str) -> tuple[Arrays, dict[s
         if not np.isfinite(array).all():
             raise InvalidInput(f"{path}: {name}: holds numbers that are not finite")
     return arrays, facts
+
+
+class Shape(Protocol):
+    """Sizes of a network, which say what arrays it has."""
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]: ...
+
+
+S = TypeVar("S", bound=Shape)
+
+
+def read_network(
+    path: Path, shape_type: Callable[..., S], *, kind: str, made_by: str, what: str
+) -> tuple[S, Arrays, dict[str, Any]]:
+    """Return shape, float32 weights and facts of a network that :func:`save_tensors` wrote.
+
+    Parameters
+    ----------
+    path, kind, made_by
+        As for :func:`read_tensors`.
+    shape_type : callable
+        Makes the shape of what stands under ``shape`` in the facts.
+    what : str
+        What to call the network in errors: "value head".
+
+    Raises
+    ------
+    InvalidInput
+        The arrays are not those of the stated shape; and what :func:`read_tensors` raises.
+    """
+    arrays, facts = read_tensors(path, kind=kind, made_by=made_by)
+    try:
+        shape = shape_type(**facts["shape"])
+    except (UsageError, KeyError, TypeError) as exc:
+        raise InvalidInput(f"{path}: not a {what}: {exc}") from None
+    if {name: array.shape for name, array in arrays.items()} != shape.parameters:
+        raise InvalidInput(f"{path}: its arrays do not fit its stated shape")
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise InvalidInput(f"{path}: its arrays must be float32")
+    return shape, arrays, facts
 
 
 def _check_size(path: Path, made_by: str) -> None:

@@ -33,6 +33,7 @@ from steersman.core.journal import settings_key
 from steersman.core.model import Capability, Forward, Model
 from steersman.core.ops import target_logprobs
 from steersman.core.reranking.evaluate import bootstrap_interval
+from steersman.core.validation import area_under_curve
 from steersman.core.verification import (
     DeltaReader,
     Experience,
@@ -192,15 +193,6 @@ def cut(item: Item, arm: str) -> np.ndarray:
     return delta[-1:] if arm == "last layer" else delta
 
 
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the chance that a right one scores above a wrong one; ties count half."""
-    right, wrong = scores[labels], scores[~labels]
-    if not len(right) or not len(wrong):
-        return float("nan")
-    apart = right[:, None] - wrong[None, :]
-    return float(((apart > 0) + 0.5 * (apart == 0)).mean())
-
-
 def by_problem(items: list[Item]) -> list[np.ndarray]:
     """Return the places of each problem's items."""
     names = np.array([item.problem for item in items])
@@ -228,7 +220,7 @@ def told_apart(title: str, items: list[Item], found: dict[str, np.ndarray]) -> N
     if not np.isnan(items[0].mean_logprob):
         scores["mean log-probability"] = np.array([item.mean_logprob for item in items])
     for name, values in scores.items():
-        area = clustered(items, lambda i, v=values: auc(v[i], labels[i]))
+        area = clustered(items, lambda i, v=values: area_under_curve(v[i], labels[i]))
         verdict = "-"
         if name.startswith("CLUE"):  # the others have no threshold of their own
             right = (values > 0) == labels
@@ -240,7 +232,7 @@ def told_apart(title: str, items: list[Item], found: dict[str, np.ndarray]) -> N
                 return float(np.mean([c.mean() for c in classes]))
 
             verdict = clustered(items, balanced)
-        inside = [auc(values[g], labels[g]) for g in by_problem(items)]
+        inside = [area_under_curve(values[g], labels[g]) for g in by_problem(items)]
         rows.append([name, verdict, area, interval(inside)])
     show(
         f"{title}: {labels.sum()} right and {(~labels).sum()} wrong ones",

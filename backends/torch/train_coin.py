@@ -24,9 +24,9 @@ from steersman.core.audit.traces import (
 from steersman.core.errors import InvalidInput
 from steersman.core.objectives import binary_cross_entropy
 from steersman.core.objectives.focal import focal_loss
+from steersman.core.validation import area_under_curve
 
 from .load import set_threads
-from .train_router import area_under_curve
 
 
 @dataclass(frozen=True, kw_only=True)

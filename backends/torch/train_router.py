@@ -13,6 +13,7 @@ from steersman.core.errors import InvalidInput
 from steersman.core.objectives import binary_cross_entropy
 from steersman.core.routing import RouterShape, choose_threshold, init_weights, router_logits
 from steersman.core.routing.threshold import Threshold
+from steersman.core.validation import area_under_curve, hold_out
 
 from .load import set_threads
 
@@ -110,7 +111,12 @@ def train_router(
     if set(np.unique(labels)) != {0, 1}:
         raise InvalidInput("router: needs tokens with label 0 and with label 1; add texts")
     set_threads(threads)
-    held = _held_out(texts, settings)
+    held = hold_out(
+        texts,
+        settings.validation,
+        seed=settings.seed,
+        too_few="router: needs at least two texts, to hold one out for validation",
+    )
     place = torch.device(device)
     generator = torch.Generator().manual_seed(settings.seed)
     arrays = [torch.as_tensor(np.asarray(a, np.float32)) for a in (top_logits, hidden, embedding)]
@@ -186,24 +192,3 @@ def train_router(
 
 def _copies(weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy().copy() for name, value in weights.items()}
-
-
-def _held_out(texts: np.ndarray, settings: RouterTraining) -> np.ndarray:
-    names = np.unique(texts)
-    if len(names) < 2:
-        raise InvalidInput("router: needs at least two texts, to hold one out for validation")
-    count = min(max(1, round(settings.validation * len(names))), len(names) - 1)
-    chosen = np.random.Generator(np.random.Philox(key=settings.seed)).permutation(names)[:count]
-    return np.isin(texts, chosen)
-
-
-def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the chance that a divergent token scores above another one; ties count half."""
-    positive = labels == 1
-    count = int(positive.sum())
-    if count in (0, len(labels)):
-        return float("nan")
-    _, where, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[where]
-    total = float(ranks[positive].sum()) - count * (count + 1) / 2
-    return float(total / (count * (len(labels) - count)))

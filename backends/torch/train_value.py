@@ -16,11 +16,11 @@ from torch import Tensor
 
 from steersman.core.errors import InvalidInput, UsageError
 from steersman.core.objectives import token_value_loss
+from steersman.core.validation import area_under_curve, hold_out
 from steersman.core.values import ValueShape, head_values, init_weights
 from steersman.core.values.features import ValueDataset
 
 from .load import set_threads
-from .train_router import area_under_curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +211,13 @@ def train_value(
 
 def _held_out(data: ValueDataset, settings: ValueTraining) -> np.ndarray:
     """Return for every prefix whether its question is held out."""
-    names = np.unique(data.questions)
-    if len(names) < 2:
-        raise InvalidInput("value head: needs at least two questions; add some")
-    if settings.validation == 0:
-        return np.zeros(len(data.questions), bool)
-    count = min(max(1, round(settings.validation * len(names))), len(names) - 1)
-    chosen = np.random.Generator(np.random.Philox(key=settings.seed)).permutation(names)[:count]
-    return np.isin(data.questions, chosen)
+    held = hold_out(
+        data.questions,
+        settings.validation,
+        seed=settings.seed,
+        too_few="value head: needs at least two questions; add some",
+    )
+    return held if settings.validation else np.zeros_like(held)
 
 
 def _error(values: np.ndarray, data: ValueDataset, nodes: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..array import to_numpy
 from ..errors import InvalidInput, UsageError
 from ..journal import hold_job
 from ..model import IntArray, Model
+from ..whole_file import whole_file
 from .features import NEEDS, text_features
 from .labels import Labels, answer_labels, judge_labels, mismatch_labels
 
@@ -118,7 +118,9 @@ def collect(
             if not path.exists():
                 if cancelled():
                     break
-                _write(path, _text(prompt, large, small, session, judge, settings))
+                arrays: dict[str, Any] = _text(prompt, large, small, session, judge, settings)
+                with whole_file(path) as file:
+                    np.savez(file, **arrays)
             done += 1
             progress()
     return done
@@ -210,10 +212,3 @@ def _check_job(
         **asdict(settings),
     }
     hold_job(folder, job)
-
-
-def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(part, path)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidInput, UsageError
 from ..model import ModelInfo
-from ..tensor_file import read_tensors, save_tensors
+from ..tensor_file import read_network, save_tensors
 from .network import RouterShape, router_logits
 
 FORMAT = "router 1"
@@ -88,13 +88,10 @@ def read_router(path: Path) -> Router:
     MissingDependency
         safetensors is not installed.
     """
-    weights, facts = read_tensors(path, kind=FORMAT, made_by="steersman train r2r")
+    shape, weights, facts = read_network(
+        path, RouterShape, kind=FORMAT, made_by="steersman train r2r", what="router"
+    )
     try:
-        shape = RouterShape(**facts["shape"])
-        if {name: array.shape for name, array in weights.items()} != shape.parameters:
-            raise InvalidInput(f"{path}: its arrays do not fit its stated shape")
-        if any(array.dtype != np.float32 for array in weights.values()):
-            raise InvalidInput(f"{path}: weights must be float32 numbers")
         return Router(
             shape=shape,
             weights=weights,
@@ -103,7 +100,5 @@ def read_router(path: Path) -> Router:
             target=str(facts["target"]),
             facts=dict(facts.get("facts", {})),
         )
-    except InvalidInput:
-        raise
-    except (UsageError, KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, ValueError) as exc:
         raise InvalidInput(f"{path}: not a router: {exc}") from None

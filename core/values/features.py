@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from ..array import to_numpy
 from ..errors import InvalidInput
 from ..model import Capability, Forward, IntArray, Model, Session
+from ..whole_file import whole_file
 from .labels import LabelKind, PrefixTree, label_rows, prefix_tree
 from .rollouts import Rollout
 
@@ -196,7 +196,5 @@ def features_path(folder: Path, layer: int, number: int) -> Path:
 
 def _write(path: Path, array: Floats) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with whole_file(path) as file:
         np.save(file, array)
-    os.replace(part, path)

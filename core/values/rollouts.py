@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..journal import hold_job
 from ..logits import Chain, Temperature, TopK
 from ..model import Capability, Model, Output, Tokenizer
 from ..routing.labels import last_number
+from ..whole_file import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +283,8 @@ def _whole_lines(path: Path) -> int:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        part = path.with_suffix(".part")
-        part.write_bytes(whole)
-        os.replace(part, path)
+        with whole_file(path) as file:
+            file.write(whole)
     return whole.count(b"\n")
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..array import Array, to_numpy
 from ..errors import InvalidInput, UsageError
 from ..model import Model, ModelInfo
-from ..tensor_file import read_tensors, save_tensors
+from ..tensor_file import read_network, save_tensors
 from .head import ValueShape, head_values
 
 KIND, MADE_BY = "value head 1", "steersman train value"
@@ -86,15 +86,9 @@ def read_value_head(path: Path) -> ValueHead:
     MissingDependency
         safetensors is not installed.
     """
-    arrays, facts = read_tensors(path, kind=KIND, made_by=MADE_BY)
-    try:
-        shape = ValueShape(**facts["shape"])
-    except (UsageError, KeyError, TypeError) as exc:
-        raise InvalidInput(f"{path}: not a value head: {exc}") from None
-    if {name: a.shape for name, a in arrays.items()} != shape.parameters:
-        raise InvalidInput(f"{path}: its arrays do not fit its stated shape")
-    if any(a.dtype != np.float32 for a in arrays.values()):
-        raise InvalidInput(f"{path}: its arrays must be float32")
+    shape, arrays, facts = read_network(
+        path, ValueShape, kind=KIND, made_by=MADE_BY, what="value head"
+    )
     layer, held = facts.get("layer"), facts.get("facts", {})
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise InvalidInput(f"{path}: layer must be a whole number from 0, got {layer!r}")

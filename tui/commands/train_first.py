@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,11 +219,11 @@ def _describe(
     from dataclasses import asdict
 
     from steersman.core.adapters import PROMPT, RerankSettings, write_note
+    from steersman.core.whole_file import whole_file
 
     # JSON is YAML, and needs no dumper that keeps line ends.
-    part = folder / f"{PROMPT}.part"
-    part.write_text(json.dumps(asdict(wording), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / PROMPT)
+    with whole_file(folder / PROMPT) as file:
+        file.write((json.dumps(asdict(wording), indent=1) + "\n").encode())
     write_note(
         folder,
         RerankSettings(

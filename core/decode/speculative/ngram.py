@@ -8,7 +8,6 @@ References
 from __future__ import annotations
 
 import json
-import os
 import threading
 import zipfile
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import InvalidInput, MissingFile
+from ...whole_file import whole_file
 
 CONTEXTS = (4, 3, 2)
 """Numbers of tokens that an entry stands for, in the order in which they are tried."""
@@ -158,9 +158,7 @@ class NgramTable:
             tokens[i, : len(entry.tokens)] = entry.tokens
             probs[i, : len(entry.probs)] = entry.probs
         head = json.dumps({"format": FORMAT, "made_with": dict(made_with)})
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        with whole_file(Path(path)) as file:
             np.savez(
                 file,
                 head=np.frombuffer(head.encode(), np.uint8),
@@ -169,7 +167,6 @@ class NgramTable:
                 tokens=tokens,
                 probs=probs,
             )
-        os.replace(part, path)
 
     @classmethod
     def load(

@@ -194,11 +194,8 @@ def test_bad_files(tmp_path: Path) -> None:
 
 def test_training_learns_and_holds_out_whole_texts() -> None:
     pytest.importorskip("torch")
-    from steersman.backends.torch.train_router import (
-        RouterTraining,
-        area_under_curve,
-        train_router,
-    )
+    from steersman.backends.torch.train_router import RouterTraining, train_router
+    from steersman.core.validation import area_under_curve
 
     generator = np.random.default_rng(0)
     count, shape = 2400, RouterShape(features=8, top=6, width=32, blocks=1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from . import common, output
+from . import common, completing, output
 from .envelope import BAD_ARGUMENT, CANCELLED, Envelope, problem
 
 # Name -> line in --help. The module is steersman.tui.commands.<name>, its click command `command`.
@@ -110,7 +110,12 @@ def _devices(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @common.models_options
-@common.option("--profile", metavar="NAME|FILE", help="How to decode [balanced].")
+@common.option(
+    "--profile",
+    metavar="NAME|FILE",
+    shell_complete=completing.profiles,
+    help="How to decode [balanced].",
+)
 @click.option(
     "--version",
     is_flag=True,

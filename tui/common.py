@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from steersman.core.errors import InvalidInput, MissingFile, UsageError
+from steersman.core.errors import UsageError
+from steersman.core.read_file import decoded, read_bytes, read_limited
 
-from . import output
+from . import completing, output
 from .envelope import PARTIAL as PARTIAL
 from .envelope import Envelope as Envelope
 from .envelope import Problem as Problem
@@ -182,10 +183,14 @@ _MODEL_NAMES = (
     "adapter", "offline",
 )  # fmt: skip
 _model_flags = (
-    option("-m", "--model", metavar="NAME|PATH|HUB-ID", help="Model to open [smollm2]."),
+    option(
+        "-m", "--model", metavar="NAME|PATH|HUB-ID", shell_complete=completing.models,
+        help="Model to open [smollm2].",
+    ),
     option(
         "--backend",
         metavar="llamacpp|torch|mlx|auto",
+        shell_complete=completing.engines,
         help="Engine to run it on [auto: the first installed one that suits the file].",
     ),
     option(
@@ -202,7 +207,10 @@ _model_flags = (
         "[reproducible].",
     ),
     option("--layers", metavar="N|LIST", help="Keep only these layers: 20, or 0-9,20-29 [all]."),
-    option("--adapter", metavar="FOLDER|NAME", help="LoRA adapter to merge into the weights."),
+    option(
+        "--adapter", metavar="FOLDER|NAME", shell_complete=completing.adapters,
+        help="LoRA adapter to merge into the weights.",
+    ),
     option("--offline", is_flag=True, help="Never ask the hub."),
 )  # fmt: skip
 model_options = stack(collect(_MODEL_NAMES, "model_args", ModelArgs), *_model_flags)
@@ -337,7 +345,10 @@ sampling_options = stack(
         "sampling",
         _sampling,
     ),
-    option("--profile", metavar="NAME|FILE", help="How to decode [balanced]."),
+    option(
+        "--profile", metavar="NAME|FILE", shell_complete=completing.profiles,
+        help="How to decode [balanced].",
+    ),
     option(
         "-o", "--option", multiple=True, type=Lines(), metavar="KEY=VALUE",
         help="Change a parameter of the profile: -o temperature.t=0.5, -o beam.width=8.",
@@ -441,26 +452,11 @@ def read_text(path: str | Path, *, drop_final_newline: bool = False) -> str:
         Not there; not readable; not UTF-8 (with the place); larger than 64 MiB.
     """
     name = "stdin" if str(path) == "-" else str(path)
-    try:
-        if name == "stdin":
-            raw = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-        else:
-            with open(path, "rb") as file:
-                raw = file.read(MAX_PROMPT_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingFile(f"{name}: no such file") from None
-    except OSError as exc:
-        raise InvalidInput(f"{name}: cannot be read: {exc.strerror}") from None
-    if len(raw) > MAX_PROMPT_BYTES:
-        raise InvalidInput(f"{name}: larger than {MAX_PROMPT_BYTES >> 20} MiB")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        line = raw.count(b"\n", 0, exc.start) + 1
-        raise InvalidInput(
-            f"{name}:{line}: not UTF-8 text (byte {exc.start}); convert it, "
-            "for example with: iconv -t UTF-8"
-        ) from None
+    if name == "stdin":
+        raw = read_limited(sys.stdin.buffer, name, MAX_PROMPT_BYTES)
+    else:
+        raw = read_bytes(path, MAX_PROMPT_BYTES)
+    text = decoded(raw, name)
     if drop_final_newline and text.endswith("\n"):
         text = text[:-2] if text.endswith("\r\n") else text[:-1]
     return text

@@ -225,15 +225,35 @@ def test_completion_scripts(shell: str, run: Runner) -> None:
     assert run("completion", shell, "--json").json["result"]["install"]
 
 
-def test_completion_completes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("pro", ["plain,profiles", "plain,prompt"]),
+        ("generate --profile dol", ["plain,dola"]),
+        ("generate --profile ./my", ["file,./my"]),
+        ("check --profile min", ["plain,mine"]),
+        ("generate --backend t", ["plain,torch"]),
+        ("rerank --adapter ran", ["plain,ranker"]),
+        ("rerank --adapter out/", ["dir,out/"]),
+        ("generate --model no-such", ["file,no-such"]),
+    ],
+)
+def test_completion_completes(words: str, offered: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    (config / "adapters" / "ranker").mkdir(parents=True)
+    (config / "adapters" / "ranker" / "adapter_config.json").write_text("{}")
+    (config / "profiles").mkdir()
+    (config / "profiles" / "mine.yaml").write_text("strategy: {sample: {}}\n")
+    (config / "profiles" / "mine;x.yaml").write_text("strategy: {sample: {}}\n")
     code = "import sys; from steersman.tui.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"_STEERSMAN_COMPLETE": "bash_complete", "COMP_WORDS": "steersman pro",
-             "COMP_CWORD": "1", "PATH": "/usr/bin:/bin", "STEERSMAN_HOME": str(tmp_path)},
+        env={"_STEERSMAN_COMPLETE": "bash_complete", "COMP_WORDS": f"steersman {words}",
+             "COMP_CWORD": str(len(words.split())), "PATH": "/usr/bin:/bin",
+             "STEERSMAN_HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=60, cwd=tmp_path,
     )  # fmt: skip
-    assert done.stdout.split() == ["plain,profiles", "plain,prompt"], done.stderr
+    assert done.stdout.split() == offered, done.stderr
 
 
 def test_envelopes_have_one_shape(run: Runner) -> None:

@@ -11,7 +11,7 @@ import click
 
 from steersman.core.errors import UsageError
 
-from .. import common, output
+from .. import common, completing, output
 from ..envelope import RUNTIME, Envelope, Problem
 from ..roles import open_roles
 
@@ -35,6 +35,7 @@ MAX_PARITY_TOKENS = 512
 @common.option(
     "--profile",
     metavar="NAME|FILE",
+    shell_complete=completing.profiles,
     envvar=None,
     help="Check the models of all roles that this profile's strategy has.",
 )

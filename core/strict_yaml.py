@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from .errors import MissingFile, ProfileError, SteersmanError, did_you_mean
+from .errors import ProfileError, SteersmanError, did_you_mean
+from .read_file import decoded, read_bytes
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 12
@@ -89,21 +90,9 @@ def read(path: str | Path, *, error_type: type[SteersmanError] = ProfileError) -
         It cannot be read, is not UTF-8, is too large, or :func:`parse` refuses it.
     """
     source = str(path)
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingFile(f"{source}: no such file") from None
-    except OSError as exc:
-        raise error_type(f"{source}: cannot be read: {exc.strerror}") from None
-    if len(raw) > MAX_BYTES:
-        raise error_type(f"{source}: larger than {MAX_BYTES} bytes")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = raw.count(b"\n", 0, exc.start) + 1
-        raise error_type(f"{source}:{line}: not UTF-8 text") from None
-    return parse(text, source=source, error_type=error_type)
+    raw = read_bytes(path, MAX_BYTES, error_type=error_type)
+    text = decoded(raw, source, error_type=error_type)
+    return parse(text.removeprefix("\ufeff"), source=source, error_type=error_type)
 
 
 def parse(text: str, *, source: str, error_type: type[SteersmanError] = ProfileError) -> Document:

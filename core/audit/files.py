@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidInput, MissingFile
+from ..errors import InvalidInput
 from ..fingerprint import write_atomically
+from ..read_file import decoded, read_bytes
 from ..strict_json import parse_json
 from ..tensor_file import read_tensors, save_tensors
 from .embedding import Fingerprints
@@ -31,19 +32,7 @@ def read_json(path: Path) -> Any:
     ------
     MissingFile, InvalidInput
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: no such file") from None
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise InvalidInput(f"{path}: larger than {MAX_BYTES >> 20} MiB")
-    try:
-        return parse_json(data.decode(), str(path))
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}: not UTF-8 at byte {error.start}") from None
+    return parse_json(decoded(read_bytes(path, MAX_BYTES), str(path)), str(path))
 
 
 def read_receipt(path: Path) -> Receipt:

@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import InvalidInput, MissingFile, UsageError, did_you_mean
 from ...logits.stage import check_number
 from ...model import Tokenizer
+from ...read_file import decoded, read_bytes
 from ...strict_json import parse_json
 
 MAX_FILE_BYTES = 8 << 20
@@ -140,15 +141,7 @@ def read_phrases(path: str | Path) -> tuple[tuple[str, float | None], ...]:
 
 @lru_cache(maxsize=4)
 def _read(path: str, _changed: int, size: int) -> tuple[tuple[str, float | None], ...]:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-        text = raw.decode("utf-8-sig")
-    except OSError as exc:
-        raise InvalidInput(f"{path}: cannot be read: {exc.strerror}") from None
-    except UnicodeDecodeError as exc:
-        line = raw.count(b"\n", 0, exc.start) + 1
-        raise InvalidInput(f"{path}:{line}: not UTF-8 text") from None
+    text = decoded(read_bytes(path, MAX_FILE_BYTES), path).removeprefix("\ufeff")
     if text.lstrip().startswith("["):
         return _from_json(path, text)
     found: list[tuple[str, float | None]] = []

@@ -9,6 +9,8 @@ import numpy as np
 
 from ...errors import UsageError
 from ...model import IntArray, Tokenizer
+from ..text import token_piece
+from ..types import Token
 from .canonical import Canonical, canonical_of
 from .covers import Covers
 from .cuts import SOFT_REST, SOFT_TAIL
@@ -66,6 +68,27 @@ def begin_covers(
     )
     ends = [found.ends_of(tail[:size]) for size in range(1, len(tail) + 1)]
     return replace(found, ends=(frozenset({()}), *ends))
+
+
+def text_after(
+    tokenizer: Tokenizer, prompt: IntArray, tokens: Sequence[Token], settings: Settings
+) -> tuple[IntArray, bytes]:
+    """Return a text as :func:`begin_covers` takes it: token ids, and bytes after them.
+
+    Parameters
+    ----------
+    prompt : int64 (T,)
+    tokens : sequence of Token
+        What follows the prompt; only their bytes count, but for control tokens.
+    """
+    ids, more = prompt, b""
+    for token in tokens:
+        if token.id in tokenizer.special_ids and token.piece is None:
+            covers = begin_covers(tokenizer, ids, settings, more)
+            ids, more = covers.append_special(token.id).history, b""
+        else:
+            more += token_piece(token, tokenizer)
+    return ids, more
 
 
 def _tokens_before_cut(

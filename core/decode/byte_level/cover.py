@@ -14,9 +14,8 @@ from ...logits.processor import Processor
 from ...model import PAD, Capability, Forward, IntArray, Output
 from ..rng import Rng
 from ..sample import Sample
-from ..text import token_piece
 from ..types import Edit, Request, Step, Token
-from .begin import begin_covers
+from .begin import begin_covers, text_after
 from .checks import follows
 from .covers import Covers, common_prefix
 from .parts import Left, Search, Settings
@@ -132,13 +131,7 @@ class Cover:
                 return replace(state, inner=inner), self._shifted(state, step)
         request = state.request
         tokenizer = request.models["target"].tokenizer
-        ids, more = request.prompt, b""
-        for token in tokens:
-            if token.id in tokenizer.special_ids and token.piece is None:
-                covers = begin_covers(tokenizer, ids, self.settings, more)
-                ids, more = covers.append_special(token.id).history, b""
-            else:
-                more += token_piece(token, tokenizer)
+        ids, more = text_after(tokenizer, request.prompt, tokens, self.settings)
         covers = begin_covers(tokenizer, ids, self.settings, more)
         covers = replace(covers, cached=state.covers.cached, counts=state.covers.counts)
         sequences = covers.missing() or ((),)

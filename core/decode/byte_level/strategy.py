@@ -15,9 +15,8 @@ from ...logits.logit_bias import LogitBias
 from ...logits.processor import Processor
 from ...model import Capability, Forward, IntArray, Output, Tokenizer
 from ..rng import Rng
-from ..text import token_piece
 from ..types import Edit, Request, Step, Token
-from .begin import begin_covers
+from .begin import begin_covers, text_after
 from .covers import Covers
 from .law import mixture, sharpened
 from .parts import Settings
@@ -208,13 +207,7 @@ class ByteLevel:
     def resume(self, state: _State, tokens: Sequence[Token], rng: Rng) -> tuple[_State, Step]:
         request = state.request
         tokenizer = request.models["target"].tokenizer
-        ids, more = request.prompt, b""
-        for token in tokens:
-            if token.id in tokenizer.special_ids and token.piece is None:
-                covers = begin_covers(tokenizer, ids, self.settings, more)
-                ids, more = covers.append_special(token.id).history, b""
-            else:
-                more += token_piece(token, tokenizer)
+        ids, more = text_after(tokenizer, request.prompt, tokens, self.settings)
         fresh = {
             role: replace(c, cached=state.covers[role].cached, counts=state.covers[role].counts)
             for role, c in self._begun(request, ids, more).items()

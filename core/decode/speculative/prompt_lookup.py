@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,11 +11,11 @@ from ...errors import UsageError
 from ...logits import Chain
 from ...model import Capability, Forward, IntArray, Output
 from ..rng import Rng
-from ..sample import Progress, begin, resumed
+from ..sample import Progress, begin
 from ..types import Request, Step, Token
 from .budget import Budget, Rates, curve_of
-from .tree import EMPTY, DraftTree, ask_again, chain_tree, needs
-from .verify import ask_target, deepest, most_nodes, shown, walk
+from .tree import EMPTY, DraftTree, chain_tree, needs
+from .verify import ask_target, deepest, most_nodes, resume_walk, shown, walk
 
 _PRIOR = {1: 0.2, 2: 0.35, 3: 0.5, 4: 0.6, 5: 0.75, 6: 0.9}  # acceptance by length of the match
 
@@ -151,29 +151,16 @@ class PromptLookup:
             gains.append(chance)
         tree = chain_tree(guess[: budget.choose(gains)])
         budget.asked(1 + len(tree))
-        after = _State(
-            progress=progress,
-            tree=tree,
-            guess=guess,
-            agree=agree,
-            cached=walked.cached,
-            budget=budget,
-            rates=rates,
+        after = replace(
+            state, progress=progress, tree=tree, guess=guess, agree=agree, cached=walked.cached
         )
         return after, shown(walked, state.tree, ask_target(walked, tree))
 
     def resume(self, state: _State, tokens: Sequence[Token], rng: Rng) -> tuple[_State, Step]:
-        progress = resumed(state.progress, self.chain, tokens)
-        ask = ask_again(state.progress.history, state.cached, progress.history)
+        progress, cached, ask = resume_walk(state.progress, state.cached, self.chain, tokens)
         state.budget.asked(0)
-        after = _State(
-            progress=progress,
-            tree=EMPTY,
-            guess=EMPTY.tokens,
-            agree=0,
-            cached=int(np.asarray(ask.keep)),
-            budget=state.budget,
-            rates=state.rates,
+        after = replace(
+            state, progress=progress, tree=EMPTY, guess=EMPTY.tokens, agree=0, cached=cached
         )
         return after, Step(ask={"target": ask})
 

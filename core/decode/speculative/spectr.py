@@ -13,7 +13,7 @@ from ...errors import UsageError
 from ...logits import DRAW_TOKEN, Chain
 from ...model import Capability, Forward, IntArray, Output
 from ..rng import Rng
-from ..sample import Progress, resumed
+from ..sample import Progress
 from ..sample import begin as begin_text
 from ..types import Request, Step, Token
 from . import draft_model
@@ -21,7 +21,7 @@ from .draft_model import NO_ROWS, Drafting, Prefix
 from .kseq import KSeq, Probs
 from .pace import Pace
 from .rejection import acceptance_uniforms
-from .tree import EMPTY, ROOT, DraftTree, Kept, ask_again, ask_tree, needs, tree_of_paths
+from .tree import EMPTY, ROOT, DraftTree, Kept, ask_tree, needs, tree_of_paths
 from .verify import (
     Choice,
     Rule,
@@ -30,6 +30,7 @@ from .verify import (
     deepest,
     match,
     most_nodes,
+    resume_walk,
     shown,
     walk,
 )
@@ -216,14 +217,13 @@ class _DraftModel:
 
         What both caches still hold of the text is kept; the next token is drawn without a draft.
         """
-        progress = resumed(state.progress, self.chain, tokens)
-        ask = ask_again(state.progress.history, state.cached, progress.history)
+        progress, cached, ask = resume_walk(state.progress, state.cached, self.chain, tokens)
         state.pace.asked(0, -1)
         after = _State(
             progress=progress,
             shared=state.shared,
             pace=state.pace,
-            cached=int(np.asarray(ask.keep)),
+            cached=cached,
             rows=state.rows,
         )
         return after, Step(ask={"target": ask})

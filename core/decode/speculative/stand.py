@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -13,15 +13,15 @@ from ...logits import Chain
 from ...logits.stage import check_integer
 from ...model import Capability, Forward, Output
 from ..rng import Rng
-from ..sample import Progress, begin, resumed
+from ..sample import Progress, begin
 from ..types import Request, Step, Token
 from .budget import Budget, Rates, curve_of
 from .grow import NOTHING, Draft, Order, drawn, grow, likeliest
 from .memory import Memory, memory_of
 from .ngram import WIDTH, NgramTable
 from .rejection import DRAW_DRAFT
-from .tree import EMPTY, DraftTree, ask_again, needs
-from .verify import Walk, ask_target, deepest, most_nodes, rejection, shown, walk
+from .tree import EMPTY, DraftTree, needs
+from .verify import Walk, ask_target, deepest, most_nodes, rejection, resume_walk, shown, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class STAND:
         return state, Step(ask={"target": Forward(keep=0, tokens=request.prompt[None])})
 
     def step(self, state: _State, out: Mapping[str, Output], rng: Rng) -> tuple[_State, Step]:
-        budget, memory = state.budget, state.memory
+        budget = state.budget
         budget.entered()
         options = {"rule": rejection(state.draft.sources)} if self._draws else {}
         walked = walk(state.progress, state.tree, out["target"], self.chain, rng, **options)
@@ -142,28 +142,15 @@ class STAND:
             asked = len(draft.tree) if self._draws else budget.choose(draft.gains)
             tree = draft.tree.first(asked)
         budget.asked(1 + len(tree))
-        after = _State(
-            progress=walked.progress,
-            draft=draft,
-            tree=tree,
-            cached=walked.cached,
-            budget=budget,
-            memory=memory,
+        after = replace(
+            state, progress=walked.progress, draft=draft, tree=tree, cached=walked.cached
         )
         return after, shown(walked, state.tree, ask_target(walked, tree))
 
     def resume(self, state: _State, tokens: Sequence[Token], rng: Rng) -> tuple[_State, Step]:
-        progress = resumed(state.progress, self.chain, tokens)
-        ask = ask_again(state.progress.history, state.cached, progress.history)
+        progress, cached, ask = resume_walk(state.progress, state.cached, self.chain, tokens)
         state.budget.asked(0)
-        after = _State(
-            progress=progress,
-            draft=NOTHING,
-            tree=EMPTY,
-            cached=int(np.asarray(ask.keep)),
-            budget=state.budget,
-            memory=state.memory,
-        )
+        after = replace(state, progress=progress, draft=NOTHING, tree=EMPTY, cached=cached)
         return after, Step(ask={"target": ask})
 
     def _draft(self, state: _State, progress: Progress, rng: Rng) -> Draft:

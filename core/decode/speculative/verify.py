@@ -8,7 +8,7 @@ the walk does not reach costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,10 +30,10 @@ from ...logits.candidates import (
 from ...model import Forward, IntArray, Output
 from ...ops import logsumexp, top_k
 from ..rng import Rng
-from ..sample import Progress
+from ..sample import Progress, resumed
 from ..types import Edit, Step, Token
 from .rejection import Probs, acceptance_uniforms, draw, recursive_rejection
-from .tree import ROOT, DraftTree, Kept, ask_tree, kept_branch, node_logits
+from .tree import ROOT, DraftTree, Kept, ask_again, ask_tree, kept_branch, node_logits
 
 
 @dataclass(frozen=True)
@@ -288,6 +288,23 @@ class Walk:
     def cached(self) -> int:
         """How many tokens of the text are in the cache, a pending tree not counted."""
         return len(self.progress.history) - 1 if self.kept is None else self.kept.base
+
+
+def resume_walk(
+    progress: Progress, cached: int, chain: Chain, tokens: Sequence[Token]
+) -> tuple[Progress, int, Forward]:
+    """Return the text ``tokens`` after the prompt, how much of it is cached, and the call for it.
+
+    Parameters
+    ----------
+    progress : Progress
+        The text until now.
+    cached : int
+        As for :func:`.ask_again`.
+    """
+    after = resumed(progress, chain, tokens)
+    ask = ask_again(progress.history, cached, after.history)
+    return after, int(np.asarray(ask.keep)), ask
 
 
 def walk(

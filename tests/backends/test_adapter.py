@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_torch import write_tiny  # noqa: E402
 
 from steersman.backends.files.adapter import read_adapter, with_adapter  # noqa: E402
 from steersman.backends.files.convert import as_hf_folder  # noqa: E402
@@ -31,6 +27,8 @@ from steersman.core.array import to_numpy  # noqa: E402
 from steersman.core.errors import InvalidInput, MissingFile  # noqa: E402
 from steersman.core.locate import ModelSource, locate  # noqa: E402
 from steersman.core.model import Forward  # noqa: E402
+
+from .tiny_torch import write_tiny  # noqa: E402
 
 IDS = np.array([5, 17, 200, 9, 33, 41, 8, 3])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_torch import write_tiny  # noqa: E402
 
 from steersman.backends.files.tokenizer import open_tokenizer  # noqa: E402
 from steersman.backends.torch.train_first import (  # noqa: E402
@@ -36,6 +32,8 @@ from steersman.core.reranking.examples import (  # noqa: E402
     read_examples,
 )
 from steersman.core.reranking.prompt import Prompt  # noqa: E402
+
+from .tiny_torch import write_tiny  # noqa: E402
 
 FULL = FirstTraining(
     lora_rank=0, steps=6, batch=2, accumulation=2, warmup=2, learning_rate=2e-3, save_every=2

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from steersman.core.locate import ModelSource
+
 VOCABULARY = 320
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -22,6 +24,8 @@ SHAPE = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+# The base is far from mlx-lm's default of 10,000: a model that misses it is wrong everywhere.
+_ROPE = {"rope_type": "default", "rope_theta": 1234.0}
 # Architecture -> transformers' config class and what is special about it.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -59,6 +63,30 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2Config",
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "vocab_size": VOCABULARY},
+    ),
+    "llama-base": ("LlamaConfig", {"rope_parameters": _ROPE}),
+    "yarn-rope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "qwen2-base": ("Qwen2Config", {"rope_parameters": _ROPE, "use_sliding_window": False}),
+    "smollm3": ("SmolLM3Config", {"use_sliding_window": False, "no_rope_layer_interval": 2}),
+    "olmo2": ("Olmo2Config", {"rope_parameters": _ROPE}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "logits_scaling": 2.0,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
     ),
 }
 
@@ -99,6 +127,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"})
     )
+
+
+def hf_source(folder: Path) -> ModelSource:
+    """Return where such a folder is."""
+    return ModelSource(name=folder.name, kind="hf", path=folder)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidInput, MissingFile, did_you_mean
 from .paths import config_dir
+from .whole_file import whole_file
 
 if TYPE_CHECKING:
     from .reranking.prompt import Prompt
@@ -142,7 +143,6 @@ def _read_prompt(path: Path) -> Prompt:
 def write_note(folder: Path, settings: RerankSettings, facts: Mapping[str, Any]) -> None:
     """Write ``steersman.json`` into an adapter's folder."""
     rerank = {k: v for k, v in asdict(settings).items() if v is not None}
-    part = folder / f"{NOTE}.part"
     note = {"format": FORMAT, "rerank": rerank, **facts}
-    part.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / NOTE)
+    with whole_file(folder / NOTE) as file:
+        file.write((json.dumps(note, indent=1) + "\n").encode())

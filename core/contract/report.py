@@ -129,10 +129,7 @@ class Meter:
 
     def logits(self, got: Floats, want: Floats, where: str) -> None:
         """Compare logits (..., V) that should be equal."""
-        if got.shape != want.shape:
-            self.holds(False, f"{where}: shape {got.shape}, expected {want.shape}")
-            return
-        if not got.size:
+        if not self._same_shape(got, want, where) or not got.size:
             return
         if not (np.isfinite(got).all() and np.isfinite(want).all()):
             self.holds(False, f"{where}: logits are not finite")
@@ -149,8 +146,7 @@ class Meter:
 
     def relative(self, got: Floats, want: Floats, where: str) -> None:
         """Compare vectors (..., D) by the mean relative norm of their difference."""
-        if got.shape != want.shape:
-            self.holds(False, f"{where}: shape {got.shape}, expected {want.shape}")
+        if not self._same_shape(got, want, where):
             return
         gap = np.linalg.norm((got - want).astype(np.float64), axis=-1)
         size = np.linalg.norm(want.astype(np.float64), axis=-1)
@@ -158,10 +154,14 @@ class Meter:
 
     def absolute(self, got: Floats, want: Floats | float, where: str) -> None:
         """Compare numbers by their absolute difference."""
-        if isinstance(want, np.ndarray) and got.shape != want.shape:
-            self.holds(False, f"{where}: shape {got.shape}, expected {want.shape}")
+        if isinstance(want, np.ndarray) and not self._same_shape(got, want, where):
             return
         self._note(float(np.abs(np.asarray(got, np.float64) - want).max()), where)
+
+    def _same_shape(self, got: Floats, want: Floats, where: str) -> bool:
+        same = got.shape == want.shape
+        self.holds(same, f"{where}: shape {got.shape}, expected {want.shape}")
+        return same
 
     def _note(self, value: float, where: str) -> None:
         if not value <= self._worst:  # NaN is worst

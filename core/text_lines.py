@@ -121,7 +121,7 @@ def numbered_lines(
     for number, data in enumerate(_bounded(lines), start=1):
         where = f"{name}:{number}"
         if data is None:
-            problem = f"{where}: longer than {MAX_LINE >> 20} MiB; one line holds one query"
+            problem = f"{where}: longer than {MAX_LINE >> 20} MiB; one line holds one record"
             tell(report, InputProblem(problem, "long_line"))
             continue
         if number == 1:

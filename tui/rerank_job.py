@@ -166,8 +166,9 @@ def requests(
 def _source(
     args: Args, problems: Problems, stack: ExitStack, held: bytes | None
 ) -> Iterable[Request]:
-    from steersman.core.reranking.io import open_text, read_requests
+    from steersman.core.reranking.io import read_requests
     from steersman.core.reranking.trec import read_run, read_texts, run_requests
+    from steersman.core.text_lines import open_text
 
     if args.run is None:
         lines: Iterable[bytes]

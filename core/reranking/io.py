@@ -12,7 +12,6 @@ from ..errors import InvalidInput
 from ..strict_json import NotANumber, check_text
 from ..strict_json import parse_json as parse_json
 from ..text_lines import InputProblem, Report, UniqueIds, line_id, read_records
-from ..text_lines import open_text as open_text
 from .ranking import Ranking
 
 LONG_PASSAGE = 1_000_000  # characters; some 500 pages, of which a prompt shows one

@@ -134,7 +134,7 @@ def test_a_line_too_long_for_memory_is_passed_over(monkeypatch, tmp_path):
         found = list(numbered_lines(file, "in", told.append))
     assert found == [("in:1", "one"), ("in:3", "three")]
     assert [str(e) for e in told] == [
-        f"in:{n}: longer than 2 MiB; one line holds one query" for n in (2, 4)
+        f"in:{n}: longer than 2 MiB; one line holds one record" for n in (2, 4)
     ]
     assert {e.kind for e in told} == {"long_line"}
 

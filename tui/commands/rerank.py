@@ -13,73 +13,67 @@ import click
 from steersman.core.errors import UsageError
 
 from .. import common, output
+from ..options import FILE, whole
 from ..rerank_job import Args, Problems, requests, run_rerank
 
-_FILE = click.Path(path_type=Path)
-
-
-def _whole(low: int, high: int = 1 << 31) -> common.Finite:
-    return common.Finite(low, high, whole=True)
-
-
 _INPUT = (
-    common.option("--requests-file", type=_FILE, metavar="FILE",
+    common.option("--requests-file", type=FILE, metavar="FILE",
                   help="JSON lines: query and candidates; .gz is unpacked."),
     common.option("--input-json", metavar="JSON", help="One request as text."),
     common.option("--stdin", is_flag=True, help="JSON lines from stdin."),
-    common.option("--run", type=_FILE, metavar="FILE",
+    common.option("--run", type=FILE, metavar="FILE",
                   help="TREC run of the first stage, with --queries and --collection."),
-    common.option("--queries", type=_FILE, metavar="FILE",
+    common.option("--queries", type=FILE, metavar="FILE",
                   help="id<TAB>text, or JSON lines with _id and text."),
-    common.option("--collection", type=_FILE, metavar="FILE",
+    common.option("--collection", type=FILE, metavar="FILE",
                   help="id<TAB>text, or JSON lines with _id, title and text."),
-    common.option("--top-k-candidates", type=_whole(1), metavar="N",
+    common.option("--top-k-candidates", type=whole(1), metavar="N",
                   help="Take the first N candidates of each query [all]."),
     common.option("--shuffle-candidates", is_flag=True,
                   help="Put the candidates in random order first."),
-    common.option("--seed", type=common.Finite(0, 2**64 - 1, whole=True), default=0,
+    common.option("--seed", type=whole(0, 2**64 - 1), default=0,
                   help="Of the shuffle [0]."),
 )  # fmt: skip
 
 _METHOD = (
     common.option("--method", type=click.Choice(["first", "generate"]), default="first",
                   help="first reads one logit row per window; generate writes the permutation."),
-    common.option("--window-size", type=_whole(2, 26), default=20,
+    common.option("--window-size", type=whole(2, 26), default=20,
                   help="Passages compared at once, 2 to 26 [20]."),
-    common.option("--stride", type=_whole(1, 26),
+    common.option("--stride", type=whole(1, 26),
                   help="How far the window moves [half its size]."),
-    common.option("--num-passes", type=_whole(1, 1000), default=1,
+    common.option("--num-passes", type=whole(1, 1000), default=1,
                   help="How often the list is gone through [1]."),
-    common.option("--max-words", type=_whole(1), default=300,
+    common.option("--max-words", type=whole(1), default=300,
                   help="Words kept of each passage [300]."),
     common.option("--first-stage-weight", type=common.Finite(0, 1e6), default=0.0, metavar="W",
                   help="Fuse the result with the order that was given (reciprocal ranks): "
                        "1 trusts both alike, 0 the model alone [0]."),
-    common.option("--batch-size", type=_whole(1, 256), default=1,
+    common.option("--batch-size", type=whole(1, 256), default=1,
                   help="Queries whose windows share the model's calls [1]."),
     common.option("--engine", type=click.Choice(["local", "ray"]), default="local",
                   help="Where the work is done: in this process, or spread over a Ray cluster."),
-    common.option("--workers", type=_whole(1, 10_000), metavar="N",
+    common.option("--workers", type=whole(1, 10_000), metavar="N",
                   help="ray: models at once [as many as there is room for]."),
     common.option("--ray-address", metavar="ADDRESS",
                   help="ray: a running cluster [$RAY_ADDRESS, or one of this machine alone]."),
-    common.option("--permutations", type=_whole(1, 26), default=1,
+    common.option("--permutations", type=whole(1, 26), default=1,
                   help="first: average over N presentations of each window [1]."),
     common.option("--content-free", is_flag=True,
                   help="first: subtract the scores of a window without content."),
-    common.option("--prompt-file", type=_FILE, metavar="FILE",
+    common.option("--prompt-file", type=FILE, metavar="FILE",
                   help="YAML with the wording: system, opening, passage, closing."),
 )  # fmt: skip
 
 _OUTPUT = (
-    common.option("--top-k-rerank", type=_whole(1), metavar="N",
+    common.option("--top-k-rerank", type=whole(1), metavar="N",
                   help="Keep the best N of each query [all]."),
-    common.option("--output-jsonl-file", type=_FILE, metavar="FILE",
+    common.option("--output-jsonl-file", type=FILE, metavar="FILE",
                   help="Results as JSON lines, each on disk before the next query starts."),
-    common.option("--output-trec-file", type=_FILE, metavar="FILE",
+    common.option("--output-trec-file", type=FILE, metavar="FILE",
                   help="Results as a TREC run with strictly falling scores."),
     common.option("--tag", default="steersman", help="Last column of the run [steersman]."),
-    common.option("--invocations-history-file", type=_FILE, metavar="FILE",
+    common.option("--invocations-history-file", type=FILE, metavar="FILE",
                   help="Append every model call: prompts, answer, scores, tokens."),
     common.option("--resume", is_flag=True, help="Go on with a job that was stopped."),
     common.option("--overwrite", is_flag=True, help="Replace existing output."),
@@ -96,7 +90,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("rerank")
-@click.argument("source", required=False, metavar="[FILE|-]", type=_FILE)
+@click.argument("source", required=False, metavar="[FILE|-]", type=FILE)
 @_options
 @common.model_options
 @common.output_options

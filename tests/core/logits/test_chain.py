@@ -10,6 +10,7 @@ import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import Library
 
 from steersman.core.array import to_numpy
 from steersman.core.errors import BackendError, UsageError
@@ -132,8 +133,6 @@ def test_fused_equals_step_by_step(lib, place, name):
 def test_every_library_gives_the_same_tokens(name):
     pytest.importorskip("torch")
     pytest.importorskip("mlx.core")
-    from conftest import Library
-
     rng = np.random.default_rng(8)
     x, history = logits_like_a_model(rng, 4), histories(rng, 4)
     results = [

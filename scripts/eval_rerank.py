@@ -142,6 +142,7 @@ def rerank(model: Any, name: str, path: Path, args: argparse.Namespace) -> Path:
     trained += "-plain" if args.plain else ""
     if args.adapter is not None:
         said = rerank_options(args.adapter)
+        said.pop("first_stage_weight", None)  # --fuse shows the result with it and without
         if "window" in said:
             said.setdefault("stride", max(1, said["window"] // 2))
         options |= said

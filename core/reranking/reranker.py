@@ -91,10 +91,11 @@ class Reranker:
     prompt : Prompt, optional
         Wording; a neutral one for untrained models if None.
     first_stage_weight : float
-        Weight of the order that was given against the model's in the final order, by reciprocal
+        Weight of the first stage's order against the model's in the final order, by reciprocal
         rank fusion (:func:`..fusion.reciprocal_ranks`): 1 trusts both alike, 0 the model alone. A
         small model that ranks better than chance but knows less than the first stage helps this
-        way where it would harm by itself.
+        way where it would harm by itself. Passages that come without scores have no first stage:
+        for them the model alone decides.
 
     Raises
     ------
@@ -257,7 +258,7 @@ class Reranker:
                 )
         if progress is not None:
             progress(len(plan), len(plan))
-        if self.first_stage_weight:
+        if self.first_stage_weight and scores is not None:
             order = reciprocal_ranks([range(n), order], [self.first_stage_weight, 1.0])
         ranking = Ranking(
             indices=tuple(order),

@@ -47,8 +47,8 @@ _METHOD = (
     common.option("--max-words", type=whole(1), default=300,
                   help="Words kept of each passage [300]."),
     common.option("--first-stage-weight", type=common.Finite(0, 1e6), default=0.0, metavar="W",
-                  help="Fuse the result with the order that was given (reciprocal ranks): "
-                       "1 trusts both alike, 0 the model alone [0]."),
+                  help="Fuse the result with the order of the candidates' scores (reciprocal "
+                       "ranks): 1 trusts both alike, 0 the model alone [0]."),
     common.option("--batch-size", type=whole(1, 256), default=1,
                   help="Queries whose windows share the model's calls [1]."),
     common.option("--engine", type=click.Choice(["local", "ray"]), default="local",

@@ -1,6 +1,8 @@
 """One-token reranking on a judge whose values are known."""
 
 import threading
+from dataclasses import replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -86,12 +88,18 @@ def test_first_stage_weight_mixes_the_two_orders():
     alone = rerank(JudgeModel(), "q", texts, docids=list("abcd"))
     assert alone.indices == (1, 3, 0, 2)
     # 0: 1/61 + 1/63 = .03227, 1: 1/62 + 1/61 = .03252, 2: 1/63 + 1/64, 3: 1/64 + 1/62 = .03175
-    mixed = rerank(JudgeModel(), "q", texts, docids=list("abcd"), first_stage_weight=1)
+    scores = [9.0, 7.0, 5.0, 3.0]
+    given: dict[str, object] = {"docids": list("abcd"), "scores": scores}
+    mixed = rerank(JudgeModel(), "q", texts, first_stage_weight=1, **given)
     assert mixed.indices == (1, 0, 3, 2) and mixed.docids == ("b", "a", "d", "c")
     assert mixed.logits == (3.0, 1.0, 2.0, 0.0)  # each passage keeps its own
-    assert mixed.scores == alone.scores
-    given = rerank(JudgeModel(), "q", texts, first_stage_weight=1e6)
-    assert given.indices == (0, 1, 2, 3)
+    assert mixed.scores == tuple(scores)
+    first_stage = rerank(JudgeModel(), "q", texts, first_stage_weight=1e6, **given)
+    assert first_stage.indices == (0, 1, 2, 3)
+    # Without scores the order that was given says nothing.
+    assert rerank(JudgeModel(), "q", texts, first_stage_weight=1) == replace(
+        alone, docids=None, usage=ANY
+    )
     with pytest.raises(UsageError, match="first-stage-weight -1"):
         Reranker(JudgeModel(), first_stage_weight=-1)
 

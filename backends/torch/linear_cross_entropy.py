@@ -11,15 +11,17 @@ Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:241
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from steersman.core.errors import UsageError
+from steersman.core.errors import MissingDependency, UsageError
 
 Reduction = Literal["mean", "sum", "none"]
+Implementation = Literal["auto", "blocks", "cce", "plain"]
 IGNORE = -100
 
 
@@ -37,6 +39,7 @@ def linear_cross_entropy(
     vocab_block: int = 8192,
     token_block: int = 1024,
     return_lse: bool = False,
+    implementation: Implementation = "auto",
 ) -> Any:
     """Return the cross-entropy of ``softcap(hidden @ head.T + bias)``, in nats.
 
@@ -65,11 +68,18 @@ def linear_cross_entropy(
         Most entries held at once are their product.
     return_lse : bool
         Return also the log-sum-exp of every position that counts, for a z-loss; differentiable.
+    implementation : {"auto", "blocks", "cce", "plain"}
+        "blocks" is this module's own, on any device. "cce" is the kernels of the package
+        cut-cross-entropy (CUDA with Triton; no bias, no ``return_lse``). "auto" takes "cce" where
+        it is installed and can do what is asked, else "blocks". "plain" holds all logits at once,
+        to compare with.
 
     Raises
     ------
     UsageError
-        Shapes do not fit, or a target is outside the vocabulary.
+        Shapes do not fit, a target is outside the vocabulary, or "cce" cannot do what is asked.
+    MissingDependency
+        "cce" is asked for and not usable here.
     """
     flat, wanted, shape = _flat(hidden, head, targets, shift)
     counts = wanted != IGNORE
@@ -79,9 +89,20 @@ def linear_cross_entropy(
         raise UsageError(f"targets: ids must be in 0..{len(head) - 1}, or {IGNORE}")
     if vocab_block < 1 or token_block < 1:
         raise UsageError("vocab_block and token_block must be at least 1")
-    nll, lse = _Blocks.apply(
-        valid, head, bias, ids, softcap, filter_eps, sort_vocab, vocab_block, token_block
-    )
+    chosen = _choose(implementation, valid, bias is not None or return_lse)
+    kernels = _cce() if chosen == "cce" else None
+    if kernels is not None:
+        nll = lse = kernels(
+            valid, head, ids, softcap=softcap, reduction="none", filter_eps=filter_eps
+        )
+    elif chosen == "plain":
+        logits = _logits(valid, head, bias, softcap)
+        lse = torch.logsumexp(logits, dim=1)
+        nll = lse - logits.gather(1, ids[:, None])[:, 0]
+    else:
+        nll, lse = _Blocks.apply(
+            valid, head, bias, ids, softcap, filter_eps, sort_vocab, vocab_block, token_block
+        )
     if reduction == "none":
         loss = flat.new_zeros(len(flat)).index_put((index,), nll).reshape(shape)
     elif reduction == "sum":
@@ -91,6 +112,34 @@ def linear_cross_entropy(
     else:
         raise UsageError(f"reduction must be mean, sum or none, got {reduction!r}")
     return (loss, lse) if return_lse else loss
+
+
+def _choose(wanted: Implementation, hidden: Tensor, own_only: bool) -> Implementation:
+    if wanted not in ("auto", "blocks", "cce", "plain"):
+        raise UsageError(f"implementation must be auto, blocks, cce or plain, got {wanted!r}")
+    if wanted == "auto":
+        usable = hidden.is_cuda and len(hidden) > 0 and not own_only and _cce() is not None
+        return "cce" if usable else "blocks"
+    if wanted == "cce":
+        if own_only:
+            raise UsageError("implementation 'cce': knows neither bias nor return_lse")
+        if _cce() is None:
+            raise MissingDependency(
+                "cut-cross-entropy: not usable here (it needs Triton, so a CUDA build of torch on "
+                'Linux); run: pip install "steersman[train-cuda]", or use implementation "blocks"'
+            )
+    return wanted
+
+
+@cache
+def _cce() -> Callable[..., Tensor] | None:
+    """Return the kernels of cut-cross-entropy; None where they are missing or have no Triton."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy as kernels
+    except ImportError:
+        return None
+    found: Callable[..., Tensor] = kernels
+    return found
 
 
 def _flat(

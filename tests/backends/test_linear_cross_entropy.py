@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from steersman.backends.torch import linear_cross_entropy as entropy  # noqa: E402
 from steersman.backends.torch.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from steersman.core.errors import UsageError  # noqa: E402
+from steersman.core.errors import MissingDependency, UsageError  # noqa: E402
 
 
 def plain(
@@ -129,3 +132,84 @@ def test_filtering_errs_within_its_bound() -> None:
 
     error = (gradient(filter_eps=eps) - gradient()).abs().max()
     assert float(error) <= 512 * eps * float(c.abs().max()) / 64
+
+
+# -- other implementations -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stand-in for cut-cross-entropy, with the signature of its release 25.1.1."""
+    calls: list[dict[str, Any]] = []
+
+    def linear_cross_entropy(
+        e: Any, c: Any, targets: Any, ignore_index: int = -100, softcap: Any = None,
+        reduction: str = "mean", shift: bool = False, filter_eps: Any = "high", impl: str = "cce",
+    ) -> Any:  # fmt: skip
+        calls.append({"filter_eps": filter_eps, "shift": shift, "reduction": reduction})
+        return plain(e, c, targets, softcap=softcap, reduction=reduction)[0]
+
+    module = types.ModuleType("cut_cross_entropy")
+    module.linear_cross_entropy = linear_cross_entropy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    entropy._cce.cache_clear()
+    yield calls
+    entropy._cce.cache_clear()
+
+
+def gradients(implementation: str, **options: Any) -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    e, c = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (14, 9))
+    x = torch.randint(0, 9, (2, 7), generator=generator)
+    x[0, 3] = -100
+    e, c = e.view(2, 7, 6).requires_grad_(), c.requires_grad_()
+    loss = linear_cross_entropy(e, c, x, implementation=implementation, **options)
+    loss.sum().backward()
+    return [loss.detach(), e.grad, c.grad]
+
+
+@pytest.mark.parametrize("implementation", ["cce", "plain"])
+@pytest.mark.parametrize(
+    "options", [{}, {"shift": 2}, {"softcap": 3.0}, {"reduction": "none", "shift": 1}]
+)
+def test_implementations_agree(kernels: Any, implementation: str, options: Any) -> None:
+    for ours, theirs in zip(gradients("blocks", **options), gradients(implementation, **options)):
+        torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
+    if implementation == "cce":  # what counts, shifted here; and nothing is filtered unasked
+        assert kernels == [{"filter_eps": None, "shift": False, "reduction": "none"}]
+
+
+def test_kernels_are_refused_what_they_cannot_do(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e, c, x = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    for options in ({"bias": torch.zeros(5)}, {"return_lse": True}):
+        with pytest.raises(UsageError, match="'cce'"):
+            linear_cross_entropy(e, c, x, implementation="cce", **options)
+    with pytest.raises(UsageError, match="got 'liger'"):
+        linear_cross_entropy(e, c, x, implementation="liger")
+    linear_cross_entropy(e, c, x)
+    assert not kernels  # "auto" uses them on CUDA only
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+    entropy._cce.cache_clear()
+    with pytest.raises(MissingDependency, match="train-cuda"):
+        linear_cross_entropy(e, c, x, implementation="cce")
+
+
+@pytest.mark.gpu
+def test_kernels_on_cuda() -> None:
+    pytest.importorskip("cut_cross_entropy", exc_type=ImportError)
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    e = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16)
+    x = torch.randint(0, 1000, (64,), device="cuda")
+    losses, slopes = [], []
+    for implementation in ("blocks", "cce"):
+        e.grad = None
+        loss = linear_cross_entropy(e, c, x, implementation=implementation)
+        loss.backward()
+        losses.append(float(loss))
+        slopes.append(e.grad.float())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=0.1, atol=1e-2)

@@ -11,14 +11,19 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from steersman.core.model import IntArray, Plan
 
 _FIRST_CAPACITY = 256
-# Attention kernels split their sums by the number of keys: 512 at a time, and in shapes that depend
-# on the remainder. Always reading whole blocks makes a sum the same in every call.
-STRICT_BLOCK = 512
+# Attention kernels split their sums by the number of keys, in shapes that depend on the remainder;
+# always reading whole blocks makes a sum the same in every call. Small ones at first, so that a
+# prompt reads little that it cannot see; large ones behind them, as every block has its own cost.
+_SMALL_BLOCK = 128
+_BLOCK = 512
+STRICT_QUERIES = 8  # rows of queries that go together, so that no kernel has a remainder
+_UNSEEN = -1e30  # as a bias; with infinity a block that a query does not see would give NaN
 
 
 class Layout:
@@ -35,7 +40,7 @@ class Layout:
         block.
     strict : bool
         Attention always takes the same route, masked and in whole blocks, so that its sums do not
-        depend on how many positions are new.
+        depend on how many positions are new. CPU only.
     begin : int or None
         The one slot at which all rows begin to write ``n`` tokens; None where rows differ.
     valid : int64 (T,) or None
@@ -153,7 +158,8 @@ class Layout:
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return ``visible`` as an additive mask, built once per call; None where none is needed.
 
-        Kernels would turn a bool mask into this in every layer.
+        Kernels would turn a bool mask into this in every layer. When ``strict``, it has rows for
+        queries up to a multiple of ``STRICT_QUERIES``, and is finite.
         """
         if self.free or self.triangle:
             return None
@@ -162,12 +168,32 @@ class Layout:
     @cached_property
     def _bias(self) -> Tensor:
         mask = torch.zeros(self.visible.shape, device=self.device)
-        return mask.masked_fill_(~self.visible, float("-inf"))
+        mask.masked_fill_(~self.visible, _UNSEEN if self.strict else float("-inf"))
+        return F.pad(mask, (0, 0, 0, -self.width % STRICT_QUERIES)) if self.strict else mask
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """Blocks of slots up to ``stop``, for a strict layout.
+
+        Returns
+        -------
+        list of (begin, end, first)
+            Slots ``begin..end``, which no query before the ``first``-th sees.
+        """
+        latest = int(self.plan.start.max())
+        blocks, begin = [], 0
+        while begin < self.stop:
+            end = begin + (_SMALL_BLOCK if begin < _BLOCK else _BLOCK)
+            first = max(0, begin - latest) if self.chain else 0
+            blocks.append((begin, end, first - first % STRICT_QUERIES))
+            begin = end
+        return blocks
 
 
 def whole_blocks(slots: int) -> int:
     """Return ``slots`` rounded up to whole attention blocks."""
-    return -(-slots // STRICT_BLOCK) * STRICT_BLOCK
+    block = _SMALL_BLOCK if slots <= _BLOCK else _BLOCK
+    return -(-slots // block) * block
 
 
 class KVCache:

@@ -23,9 +23,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from steersman.core.errors import BackendError
 
+from .attention import attention_weights
 from .cache import KVCache, Layout
 from .model import Captured
-from .native import attention_weights
 
 
 @dataclass

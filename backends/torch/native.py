@@ -7,7 +7,6 @@ time per token of the general path, and the same numbers in float32.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +19,11 @@ from steersman.core.errors import UsageError
 from steersman.core.layers import LayerChoice, choose_layers, kept_facts
 from steersman.core.model import ModelInfo, Tokenizer
 
+from .attention import attend, attention_weights
 from .cache import KVCache, Layout
 from .config import LlamaConfig
 from .linear import Linear
 from .model import Captured, TorchModel
-
-_STRICT_QUERIES = 4  # rows that attention's matrix products take at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,60 +194,3 @@ class NativeModel(TorchModel):
 
 def _closed(x: Tensor) -> Tensor:
     raise RuntimeError("the model is closed")
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
-    """Scaled dot-product attention of (B, H, n, d) over (B, KV, stop, d); (B, H, n, d)."""
-    bias = layout.bias(query.dtype)
-    count = query.shape[2]
-    rest = -count % _STRICT_QUERIES if layout.strict else 0
-    if rest and bias is not None:
-        query, bias = F.pad(query, (0, 0, 0, rest)), F.pad(bias, (0, 0, 0, rest))
-    grouped = query.shape[1] != keys.shape[1]
-    if grouped and bias is not None and query.is_cuda:
-        # The fast CUDA kernels take a mask or shared key/value heads, not both.
-        repeat = query.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
-        grouped = False
-    mixed = F.scaled_dot_product_attention(
-        query,
-        keys,
-        values,
-        attn_mask=bias,
-        is_causal=layout.triangle and layout.width > 1,
-        enable_gqa=grouped,
-    )
-    return mixed[:, :, :count] if rest else mixed
-
-
-def attention_weights(
-    query: Tensor,
-    keys: Tensor,
-    visible: Tensor,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Return the softmax that fused attention uses but does not show.
-
-    Parameters
-    ----------
-    query : (B, H, n, d)
-    keys : (B, KV, S, d)
-    visible : bool, broadcastable to (B, H, n, S)
-    scale : float, optional
-        Default ``1 / sqrt(d)``.
-    softcap : float, optional
-        Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
-
-    Returns
-    -------
-    float32 (B, H, n, S)
-    """
-    batch, heads, count, size = query.shape
-    kv_heads = keys.shape[1]
-    split = query.float().reshape(batch, kv_heads, heads // kv_heads * count, size)
-    scores = split @ keys.float().transpose(2, 3) * (scale or 1 / math.sqrt(size))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(batch, heads, count, keys.shape[2])
-    return scores.masked_fill(~visible, -math.inf).softmax(-1)

@@ -5,6 +5,9 @@ What every engine must do is in the contract suite; here is what only this one c
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +98,43 @@ def test_contract_bit_for_bit(name: str, dtype: str, opened: Opener) -> None:
     assert any(check.bound == 0.0 for check in results)
     failed = [f"{c.name}: {c.detail} {c.value}" for c in results if c.result == "failed"]
     assert not failed
+
+
+def test_bits_across_attentions_blocks_of_keys(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Beyond 128 and 512 slots: cuts of a prompt, rows of unequal length, and trees."""
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "long")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 1200
+    (folder / "config.json").write_text(json.dumps(config))
+    model = open_model(hf_source(folder), setting="reproducible", threads=1)
+    if not model.info.batch_invariant:
+        pytest.skip("this processor's kernels have no common group of rows")
+    ids = tokens(1100)
+    with model.session() as session:
+        whole = session.forward(Forward(keep=0, tokens=[ids], logits="all")).logits[0]
+        same(whole, reference(folder, ids)[0], 1e-4)
+        for cuts in ((127, 128, 129, 511, 513), (1, 30, 300, 301, 520, 1023, 1025), (700,)):
+            edges = (0, *cuts, 1100)
+            for a, b in itertools.pairwise(edges):
+                part = session.forward(Forward(keep=a, tokens=[ids[a:b]], logits="all")).logits[0]
+                assert torch.equal(part, whole[a:b]), (cuts, a)
+    starts, ends = (20, 120, 500), (200, 121, 1040)
+    width = max(b - a for a, b in zip(starts, ends))
+    rows = [ids[a:b] + [-1] * (width - b + a) for a, b in zip(starts, ends)]
+    with model.session(max_rows=3, needs=EVERYTHING) as session:
+        session.forward(Forward(keep=0, tokens=[ids[:500]], logits="none"))
+        out = session.forward(Forward(keep=starts, rows=[0, 0, 0], tokens=rows, logits="all"))
+        for row, (a, b) in enumerate(zip(starts, ends)):
+            assert torch.equal(out.logits[row, : b - a], whole[a:b]), row
+        # The first branch of each row's tree is its own text; the second is not. Its nodes do not
+        # stand side by side, so that sums have other gaps.
+        nodes = [[ids[b], 5, ids[b + 1], 6, ids[b + 2]] for b in ends]
+        parents = [[-1, -1, 0, 1, 2]] * 3
+        tree = session.forward(Forward(keep=ends, tokens=nodes, parents=parents, logits="all"))
+        for row, b in enumerate(ends):
+            same(tree.logits[row, [0, 2, 4]], whole[b : b + 3], 1e-4)
 
 
 @pytest.mark.parametrize(("name", "path"), WAYS)

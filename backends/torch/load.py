@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def _batch_invariant(model: TorchModel) -> bool:
     ids = [[(7 * i) % model.info.vocab_size for i in range(length)]]
     with small.session(max_rows=2) as session:
         whole = session.forward(Forward(keep=0, tokens=ids)).logits
-        session.forward(Forward(keep=0, tokens=[ids[0][:30]], logits="none"))
-        session.forward(Forward(keep=30, tokens=[ids[0][30:-1]], logits="none"))
+        for a, b in pairwise(sorted({0, 30, 32, length - 1})):
+            session.forward(Forward(keep=a, tokens=[ids[0][a:b]], logits="none"))
         alone = session.forward(Forward(keep=length - 1, tokens=[ids[0][-1:]])).logits
     return bool(torch.equal(whole, alone))

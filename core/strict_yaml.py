@@ -26,6 +26,7 @@ MAX_VALUES = 20_000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # YAML 1.1 reads 1e-3 as text because the dot is missing; everyone means the number.
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 Key = tuple[str | int, ...]
 
@@ -114,6 +115,9 @@ def parse(text: str, *, source: str, error_type: type[SteersmanError] = ProfileE
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         line = mark.line + 1 if mark is not None else 1
+        # From 6.0.4 on, PyYAML's parser stops at a depth of its own, often before the first event.
+        if "nesting depth" in (exc.problem or ""):
+            raise error_type(f"{source}:{line}: {_TOO_DEEP}") from None
         raise error_type(f"{source}:{line}: not valid YAML: {exc.problem}") from None
     except yaml.YAMLError as exc:
         said = " ".join(str(exc).split())
@@ -145,7 +149,7 @@ def _check_events(text: str, source: str, error_type: type[SteersmanError]) -> N
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                refuse(event, f"nested deeper than {MAX_DEPTH} levels")
+                refuse(event, _TOO_DEEP)
         if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

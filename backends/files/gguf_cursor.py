@@ -19,6 +19,7 @@ MAX_STRING_BYTES = 1 << 24
 MAX_STRINGS = 1 << 22  # in all arrays together
 MAX_ARRAY_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 29
+MAX_MESSAGE = 300
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: Mapping[int, tuple[struct.Struct, str]] = {
@@ -100,7 +101,9 @@ class Cursor:
         self.at = 0
 
     def fail(self, what: str) -> InvalidInput:
-        return InvalidInput(f"{self.path}: not a usable GGUF file: {what}")
+        # Names in ``what`` come from the file and may be long.
+        said = what if len(what) <= MAX_MESSAGE else f"{what[:MAX_MESSAGE]} ..."
+        return InvalidInput(f"{self.path}: not a usable GGUF file: {said}")
 
     def left(self) -> int:
         return self.size - self.at
@@ -145,6 +148,7 @@ class Cursor:
 
     def value(self, key: str) -> Any:
         kind = self.u32()
+        key = key if key.isprintable() else repr(key)  # it is only spoken of here
         if kind == _STRING:
             return self.string(key, MAX_STRING_BYTES).decode("utf-8", "replace")
         if kind == _ARRAY:

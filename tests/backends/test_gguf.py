@@ -158,6 +158,17 @@ def test_refuses(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", [b"a\nb\x1b[2J", b"k" * 60_000])
+def test_a_strange_key_is_spoken_of_in_one_short_line(key: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "key.gguf"
+    path.write_bytes(_header(_string(key) + struct.pack("<I", 99), n_keys=1))
+    with pytest.raises(InvalidInput, match="not a usable GGUF file") as caught:
+        read_header(path)
+    said = str(caught.value)
+    assert said.isprintable()
+    assert len(said) < 700
+
+
 def test_the_known_bomb_is_49_bytes() -> None:
     assert len(CASES["array of 2^63"][0]) == 49
 
